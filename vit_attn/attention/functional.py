@@ -1,0 +1,182 @@
+"""attention(q, k, v, …): one front door, several exact implementations behind it.
+
+    weights = normalizer(q kᵀ · scale, over the keys that the pattern allows);  out = weights v
+
+Every implementation that accepts a case gives the same answer; one that does not, refuses by name. A new one is
+a function with the signature of :func:`_dense` and a line in :data:`IMPLEMENTATIONS`.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vit_attn.attention.names import unknown_name
+from vit_attn.attention.normalizers import NORMALIZERS, check_alpha, check_normalizer
+from vit_attn.attention.patterns import Full, Pattern, make_pattern
+
+
+@lru_cache(maxsize=64)
+def _mask(pattern: Pattern, device: torch.device) -> Tensor:
+    """(N, N) bool, shared by all layers and calls: depends on the pattern and the device alone."""
+    return pattern.allowed(device)
+
+
+def allowed_mask(pattern: Pattern | None, device: torch.device) -> Tensor | None:
+    """(N, N) bool of what ``pattern`` allows, or None where nothing is forbidden."""
+    return (
+        None
+        if pattern is None or isinstance(pattern, Full) and not pattern.causal
+        else _mask(pattern, device)
+    )
+
+
+def _dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    normalizer: str,
+    pattern: Pattern | None,
+    alpha: float | Tensor,
+    scale: float | None,
+    attn_drop: nn.Dropout | None,
+) -> tuple[Tensor, Tensor]:
+    """Masked scores, in fp32 whatever autocast says: the reference, and the one whose weights can be seen."""
+    with torch.autocast(q.device.type, enabled=False):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = (q.to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.to(wide).transpose(
+            -2, -1
+        )
+        mask = allowed_mask(pattern, q.device)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        weights = NORMALIZERS[normalizer](scores, alpha)
+        if attn_drop is not None:
+            weights = attn_drop(weights)
+        return (weights @ v.to(wide)).to(v.dtype), weights
+
+
+def _fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    normalizer: str,
+    pattern: Pattern | None,
+    alpha: float | Tensor,
+    scale: float | None,
+    attn_drop: nn.Dropout | None,
+) -> tuple[Tensor, None]:
+    """torch's scaled_dot_product_attention, which never shows its weights."""
+    dropout_p = attn_drop.p if attn_drop is not None and attn_drop.training else 0.0
+    mask = allowed_mask(pattern, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale), None
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {"dense": _dense, "fused": _fused}
+
+
+def choose_implementation(implementation: str, normalizer: str, *, return_weights: bool = False) -> str:
+    """Resolve ``auto``, and refuse what an implementation cannot do.
+
+    Returns:
+        A key of :data:`IMPLEMENTATIONS`.
+
+    Raises:
+        ValueError: an unknown name, or a case that the implementation does not take.
+    """
+    if implementation == "auto":
+        return "fused" if normalizer == "softmax" and not return_weights else "dense"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(unknown_name("implementation", implementation, ["auto", *IMPLEMENTATIONS]))
+    if implementation == "fused" and normalizer != "softmax":
+        raise ValueError(
+            f"implementation 'fused' computes softmax only, not {normalizer!r}: use 'auto' or 'dense'"
+        )
+    if implementation == "fused" and return_weights:
+        raise ValueError("implementation 'fused' never forms the weights: use 'auto' or 'dense' to see them")
+    return implementation
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    normalizer: str = ...,
+    pattern: Pattern | str | None = ...,
+    alpha: float | Tensor = ...,
+    scale: float | None = ...,
+    implementation: str = ...,
+    attn_drop: nn.Dropout | None = ...,
+    return_weights: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    normalizer: str = ...,
+    pattern: Pattern | str | None = ...,
+    alpha: float | Tensor = ...,
+    scale: float | None = ...,
+    implementation: str = ...,
+    attn_drop: nn.Dropout | None = ...,
+    *,
+    return_weights: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    normalizer: str = "softmax",
+    pattern: Pattern | str | None = None,
+    alpha: float | Tensor = 1.5,
+    scale: float | None = None,
+    implementation: str = "auto",
+    attn_drop: nn.Dropout | None = None,
+    return_weights: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of queries over the keys that a pattern allows.
+
+    Args:
+        q, k, v: (B, H, N, D).
+        normalizer: softmax, sparsemax, entmax15 or entmax.
+        pattern: from :func:`make_pattern`, of size N; a name stands for that pattern with its defaults over N patch
+            tokens in a square grid; None allows every key.
+        alpha: for ``entmax`` only: a number in (1, 2], or a tensor of shape (H,), which then gets a gradient.
+        scale: factor on the scores; default D^-0.5.
+        implementation: auto, dense or fused.
+        attn_drop: dropout on the weights, acting when it is in training mode.
+        return_weights: return the weights beside the output, (B, H, N, N), after dropout; rows sum to 1 without it.
+
+    Returns:
+        (B, H, N, D) in v's dtype, or that and the weights.
+
+    Raises:
+        ValueError: names, shapes, α or an implementation that do not fit.
+    """
+    check_normalizer(normalizer)
+    chosen = choose_implementation(implementation, normalizer, return_weights=return_weights)
+    if isinstance(pattern, str):
+        pattern = make_pattern(pattern, num_tokens=q.shape[-2])
+    if pattern is not None and not q.shape[-2] == k.shape[-2] == pattern.size:
+        raise ValueError(
+            f"a pattern over {pattern.size} tokens met {q.shape[-2]} queries, {k.shape[-2]} keys"
+        )
+    if normalizer == "entmax":
+        if isinstance(alpha, Tensor):
+            alpha = alpha.reshape(-1, 1, 1)  # (H, 1, 1)
+        else:
+            check_alpha(alpha)
+    out, weights = IMPLEMENTATIONS[chosen](q, k, v, normalizer, pattern, alpha, scale, attn_drop)
+    if not return_weights:
+        return out
+    assert weights is not None
+    return out, weights

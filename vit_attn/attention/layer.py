@@ -1,0 +1,188 @@
+"""The nn.Module that replaces timm's ``Attention``, and a way to look at its weights."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vit_attn.attention.functional import attention, choose_implementation
+from vit_attn.attention.patterns import Pattern
+from vit_attn.attention.spec import Mechanism
+
+# A learned α stays in this range: the gradient to α divides by (α-1)².
+ALPHA_MIN, ALPHA_MAX = 1.01, 2.0
+# The submodules and numbers of timm's Attention, kept under their names: state-dict keys and attention extractors
+# go on working.
+_KEPT = "num_heads head_dim attn_dim scale fused_attn qkv q_norm k_norm attn_drop norm gate proj proj_drop".split()
+
+Observer = Callable[[int, Tensor], None]
+
+
+@lru_cache(maxsize=256)
+def _lay(mechanism: Mechanism, num_prefix_tokens: int, grid_size: tuple[int, int]) -> Pattern:
+    """Every layer asks in every forward, and most ask for the same."""
+    return mechanism.make_pattern(grid_size[0] * grid_size[1], num_prefix_tokens, grid_size)
+
+
+class HasGrid(Protocol):
+    """What tells the patch grid's (height, width) as it is now: timm's ``PatchEmbed``."""
+
+    grid_size: tuple[int, int]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a chosen mechanism, around the submodules of a timm ``Attention``.
+
+    Under softmax over all keys it computes what timm computes, bit for bit.
+
+    Args:
+        source: the timm ``Attention`` whose submodules are shared.
+        mechanism: normalizer, pattern and options.
+        num_prefix_tokens: tokens before the patch grid.
+        grid: tells the patch grid's size at every forward, so that ``set_input_size`` needs no second call.
+        layer: index of the block, passed to observers.
+    """
+
+    num_heads: int
+    head_dim: int
+    attn_dim: int
+    fused_attn: bool
+    qkv: nn.Linear
+    q_norm: nn.Module
+    k_norm: nn.Module
+    attn_drop: nn.Dropout
+    norm: nn.Module
+    gate: nn.Module | None
+    proj: nn.Module
+    proj_drop: nn.Module
+
+    def __init__(
+        self,
+        source: nn.Module,
+        mechanism: Mechanism,
+        *,
+        num_prefix_tokens: int,
+        grid: HasGrid,
+        layer: int = 0,
+    ) -> None:
+        super().__init__()
+        for name in _KEPT:
+            setattr(self, name, getattr(source, name))
+        self.mechanism = mechanism
+        self.num_prefix_tokens = num_prefix_tokens
+        self.layer = layer
+        # In a tuple, so that the patch embedding does not become a submodule of every block.
+        self._grid = (grid,)
+        self.observer: Observer | None = None
+        if mechanism.learnable_alpha:
+            self.alpha_logit = nn.Parameter(self._initial_alpha_logit())
+        self.train(source.training)
+
+    def _initial_alpha_logit(self) -> Tensor:
+        # Short of the ends, where the sigmoid has no gradient.
+        share = (self.mechanism.alpha - ALPHA_MIN) / (ALPHA_MAX - ALPHA_MIN)
+        share = min(max(share, 0.01), 0.99)
+        weight = self.qkv.weight
+        return torch.full(
+            (self.num_heads,), math.log(share / (1 - share)), dtype=weight.dtype, device=weight.device
+        )
+
+    @property
+    def alpha(self) -> float | Tensor:
+        """Entmax's α: a number, or where it is learned a tensor (H,) in (1.01, 2)."""
+        if self.mechanism.learnable_alpha:
+            return ALPHA_MIN + (ALPHA_MAX - ALPHA_MIN) * self.alpha_logit.float().sigmoid()
+        return self.mechanism.alpha
+
+    def pattern(self, size: int | None = None) -> Pattern | None:
+        """The pattern over the patch grid as it is now; None where every key is allowed.
+
+        Args:
+            size: N, tokens that come in; default: what the grid holds.
+
+        Raises:
+            ValueError: N tokens that are not the grid's, so that positions would be guessed.
+        """
+        height, width = self._grid[0].grid_size
+        if size is None:
+            size = self.num_prefix_tokens + height * width
+        elif size != self.num_prefix_tokens + height * width:
+            if self.mechanism.pattern == "full" and not self.mechanism.options.causal:
+                return None
+            raise ValueError(
+                f"{self.mechanism}: {size} tokens came in, but {self.num_prefix_tokens} prefix tokens and a patch "
+                f"grid of {height}x{width} make {self.num_prefix_tokens + height * width}"
+            )
+        return _lay(self.mechanism, self.num_prefix_tokens, (height, width))
+
+    def chosen_implementation(self) -> str:
+        """Which implementation runs when nobody looks at the weights."""
+        # timm's own switch: its users turn it off to hook the weights behind attn_drop.
+        asked = self.mechanism.implementation
+        if asked == "auto" and not self.fused_attn:
+            return "dense"
+        return choose_implementation(asked, self.mechanism.normalizer)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Map tokens (B, N, dim) to (B, N, dim).
+
+        Raises:
+            ValueError: a mask at call time: the pattern is part of the module.
+        """
+        if attn_mask is not None or is_causal:
+            raise ValueError(
+                "attn_mask and is_causal are not taken at call time: choose model.attention instead"
+            )
+        B, N, _ = x.shape
+        gate = self.gate(x).sigmoid() if self.gate is not None else None
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # each (B, H, N, D)
+        q, k = self.q_norm(q), self.k_norm(k)
+
+        kwargs: dict[str, Any] = {
+            "normalizer": self.mechanism.normalizer,
+            "pattern": self.pattern(N),
+            "alpha": self.alpha,
+            "attn_drop": self.attn_drop,
+        }
+        if self.observer is None:
+            out = attention(q, k, v, implementation=self.chosen_implementation(), **kwargs)
+        else:
+            out, weights = attention(q, k, v, implementation="dense", return_weights=True, **kwargs)
+            self.observer(self.layer, weights.detach())
+
+        x = out.transpose(1, 2).reshape(B, N, self.attn_dim)
+        x = self.norm(x)
+        if gate is not None:
+            x = x * gate
+        return self.proj_drop(self.proj(x))
+
+
+def attention_layers(model: nn.Module) -> list[Attention]:
+    """List the swapped attention layers of ``model``, in order of depth."""
+    return [module for module in model.modules() if isinstance(module, Attention)]
+
+
+@contextmanager
+def observe_attention(
+    model: nn.Module, observer: Observer, layers: list[int] | None = None
+) -> Iterator[None]:
+    """Within the block, show the weights of each forward to ``observer(layer, weights (B, H, N, N))``.
+
+    Args:
+        model: a model from ``create_vit``.
+        observer: called in every forward, once a layer; keep what you need of the weights, they are large.
+        layers: indices of the layers to watch; default all.
+    """
+    watched = [layer for layer in attention_layers(model) if layers is None or layer.layer in layers]
+    for layer in watched:
+        layer.observer = observer
+    try:
+        yield
+    finally:
+        for layer in watched:
+            layer.observer = None
