@@ -7,7 +7,6 @@ a function with the signature of :func:`_dense` and a line in :data:`IMPLEMENTAT
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Literal, overload
 
 import torch
@@ -19,19 +18,14 @@ from vit_attn.attention.normalizers import NORMALIZERS, check_alpha, check_norma
 from vit_attn.attention.patterns import Full, Pattern, make_pattern
 
 
-@lru_cache(maxsize=64)
-def _mask(pattern: Pattern, device: torch.device) -> Tensor:
-    """(N, N) bool, shared by all layers and calls: depends on the pattern and the device alone."""
-    return pattern.allowed(device)
-
-
 def allowed_mask(pattern: Pattern | None, device: torch.device) -> Tensor | None:
-    """(N, N) bool of what ``pattern`` allows, or None where nothing is forbidden."""
-    return (
-        None
-        if pattern is None or isinstance(pattern, Full) and not pattern.causal
-        else _mask(pattern, device)
-    )
+    """(N, N) bool of what ``pattern`` allows, kept with the pattern; None where nothing is forbidden."""
+    if pattern is None or (isinstance(pattern, Full) and not pattern.causal):
+        return None
+    mask = pattern.masks.get(device)
+    if mask is None:
+        mask = pattern.masks[device] = pattern.allowed(device)
+    return mask
 
 
 def _dense(
@@ -47,9 +41,7 @@ def _dense(
     """Masked scores, in fp32 whatever autocast says: the reference, and the one whose weights can be seen."""
     with torch.autocast(q.device.type, enabled=False):
         wide = torch.promote_types(q.dtype, torch.float32)
-        scores = (q.to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.to(wide).transpose(
-            -2, -1
-        )
+        scores = (q.to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.to(wide).transpose(-2, -1)
         mask = allowed_mask(pattern, q.device)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
@@ -92,9 +84,7 @@ def choose_implementation(implementation: str, normalizer: str, *, return_weight
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(unknown_name("implementation", implementation, ["auto", *IMPLEMENTATIONS]))
     if implementation == "fused" and normalizer != "softmax":
-        raise ValueError(
-            f"implementation 'fused' computes softmax only, not {normalizer!r}: use 'auto' or 'dense'"
-        )
+        raise ValueError(f"implementation 'fused' computes softmax only, not {normalizer!r}: use 'auto' or 'dense'")
     if implementation == "fused" and return_weights:
         raise ValueError("implementation 'fused' never forms the weights: use 'auto' or 'dense' to see them")
     return implementation
@@ -167,9 +157,7 @@ def attention(
     if isinstance(pattern, str):
         pattern = make_pattern(pattern, num_tokens=q.shape[-2])
     if pattern is not None and not q.shape[-2] == k.shape[-2] == pattern.size:
-        raise ValueError(
-            f"a pattern over {pattern.size} tokens met {q.shape[-2]} queries, {k.shape[-2]} keys"
-        )
+        raise ValueError(f"a pattern over {pattern.size} tokens met {q.shape[-2]} queries, {k.shape[-2]} keys")
     if normalizer == "entmax":
         if isinstance(alpha, Tensor):
             alpha = alpha.reshape(-1, 1, 1)  # (H, 1, 1)

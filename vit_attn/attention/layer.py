@@ -17,14 +17,17 @@ from vit_attn.attention.spec import Mechanism
 ALPHA_MIN, ALPHA_MAX = 1.01, 2.0
 # The submodules and numbers of timm's Attention, kept under their names: state-dict keys and attention extractors
 # go on working.
-_KEPT = "num_heads head_dim attn_dim scale fused_attn qkv q_norm k_norm attn_drop norm gate proj proj_drop".split()
+_KEPT = (
+    *("num_heads", "head_dim", "attn_dim", "scale", "fused_attn"),
+    *("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"),
+)
 
 Observer = Callable[[int, Tensor], None]
 
 
 @lru_cache(maxsize=256)
 def _lay(mechanism: Mechanism, num_prefix_tokens: int, grid_size: tuple[int, int]) -> Pattern:
-    """Every layer asks in every forward, and most ask for the same."""
+    """One pattern, and so one mask, for all layers that ask for the same."""
     return mechanism.make_pattern(grid_size[0] * grid_size[1], num_prefix_tokens, grid_size)
 
 
@@ -77,6 +80,8 @@ class Attention(nn.Module):
         self.layer = layer
         # In a tuple, so that the patch embedding does not become a submodule of every block.
         self._grid = (grid,)
+        # The pattern last used and what it was made for: a plain attribute check, which torch.compile can trace.
+        self._laid: tuple[tuple[int, int], Pattern | None] = ((0, 0), None)
         self.observer: Observer | None = None
         if mechanism.learnable_alpha:
             self.alpha_logit = nn.Parameter(self._initial_alpha_logit())
@@ -87,9 +92,7 @@ class Attention(nn.Module):
         share = (self.mechanism.alpha - ALPHA_MIN) / (ALPHA_MAX - ALPHA_MIN)
         share = min(max(share, 0.01), 0.99)
         weight = self.qkv.weight
-        return torch.full(
-            (self.num_heads,), math.log(share / (1 - share)), dtype=weight.dtype, device=weight.device
-        )
+        return torch.full((self.num_heads,), math.log(share / (1 - share)), dtype=weight.dtype, device=weight.device)
 
     @property
     def alpha(self) -> float | Tensor:
@@ -117,7 +120,9 @@ class Attention(nn.Module):
                 f"{self.mechanism}: {size} tokens came in, but {self.num_prefix_tokens} prefix tokens and a patch "
                 f"grid of {height}x{width} make {self.num_prefix_tokens + height * width}"
             )
-        return _lay(self.mechanism, self.num_prefix_tokens, (height, width))
+        if self._laid[0] != (height, width):
+            self._laid = (height, width), _lay(self.mechanism, self.num_prefix_tokens, (height, width))
+        return self._laid[1]
 
     def chosen_implementation(self) -> str:
         """Which implementation runs when nobody looks at the weights."""
@@ -134,9 +139,7 @@ class Attention(nn.Module):
             ValueError: a mask at call time: the pattern is part of the module.
         """
         if attn_mask is not None or is_causal:
-            raise ValueError(
-                "attn_mask and is_causal are not taken at call time: choose model.attention instead"
-            )
+            raise ValueError("attn_mask and is_causal are not taken at call time: choose model.attention instead")
         B, N, _ = x.shape
         gate = self.gate(x).sigmoid() if self.gate is not None else None
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
@@ -168,9 +171,7 @@ def attention_layers(model: nn.Module) -> list[Attention]:
 
 
 @contextmanager
-def observe_attention(
-    model: nn.Module, observer: Observer, layers: list[int] | None = None
-) -> Iterator[None]:
+def observe_attention(model: nn.Module, observer: Observer, layers: list[int] | None = None) -> Iterator[None]:
     """Within the block, show the weights of each forward to ``observer(layer, weights (B, H, N, N))``.
 
     Args:

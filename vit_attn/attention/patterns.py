@@ -48,12 +48,15 @@ class Pattern:
 
     name: ClassVar[str]
     causal_by_default: ClassVar[bool] = False
+    masks: ClassVar[dict[torch.device, Tensor]]  # an instance has its own
 
     num_tokens: int
     num_prefix_tokens: int = 0
     causal: bool = False
 
     def __post_init__(self) -> None:
+        # What `allowed` gave, by device, for whoever needs it in every forward; no field, so no part of equality.
+        object.__setattr__(self, "masks", {})
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name == "causal":

@@ -93,13 +93,9 @@ class Mechanism:
         used = {*pattern_options(self.pattern), "implementation"}
         if self.normalizer == "entmax":
             used |= {"alpha", "learnable_alpha"}
-        return {
-            field.name for field in fields(self.options) if getattr(self.options, field.name) is not None
-        } - used
+        return {field.name for field in fields(self.options) if getattr(self.options, field.name) is not None} - used
 
-    def make_pattern(
-        self, num_tokens: int, num_prefix_tokens: int, grid_size: tuple[int, int] | None
-    ) -> Pattern:
+    def make_pattern(self, num_tokens: int, num_prefix_tokens: int, grid_size: tuple[int, int] | None) -> Pattern:
         """Lay the pattern over a patch grid.
 
         Raises:
@@ -130,9 +126,7 @@ def parse_spec(spec: str, options: AttentionOptions | None = None) -> Mechanism:
             return Mechanism(parts[0], "full", options)
         if parts[0] in PATTERNS:
             return Mechanism("softmax", parts[0], options)
-        raise ValueError(
-            unknown_name("attention", spec, [*NORMALIZERS, *PATTERNS]) + " Or normalizer+pattern."
-        )
+        raise ValueError(unknown_name("attention", spec, [*NORMALIZERS, *PATTERNS]) + " Or normalizer+pattern.")
     if len(parts) == 2 and parts[0] in PATTERNS and parts[1] in NORMALIZERS:
         raise ValueError(f"attention {spec!r}: the normalizer comes first: {parts[1]}+{parts[0]}")
     if len(parts) != 2:
@@ -156,7 +150,5 @@ def parse_attention(
         options = AttentionOptions.from_mapping(options)
     specs = [attention] if isinstance(attention, str) else attention
     if not isinstance(specs, Sequence) or not specs or not all(isinstance(spec, str) for spec in specs):
-        raise ValueError(
-            f"attention must be a spec or a list of specs, such as [strided, full], not {attention!r}"
-        )
+        raise ValueError(f"attention must be a spec or a list of specs, such as [strided, full], not {attention!r}")
     return [parse_spec(spec, options) for spec in specs]
