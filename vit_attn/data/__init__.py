@@ -1,0 +1,7 @@
+"""Data: one shared pipeline (``pipeline.py``) and one module per data set."""
+
+from vit_attn.data.augment import Augment, Normalize
+from vit_attn.data.images import Images
+from vit_attn.data.pipeline import ImageData
+
+__all__ = ["Augment", "ImageData", "Images", "Normalize"]

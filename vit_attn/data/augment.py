@@ -1,0 +1,200 @@
+"""Augmentation and normalization of whole batches, on the device that trains.
+
+Randomness comes from torch's global CPU generator alone, whatever the device: the same
+``torch.manual_seed`` gives the same crops on a CPU and on a GPU.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms import v2
+
+from vit_attn.errors import UserError, unknown_name
+
+_CHOICES = {"crop": ("pad", "resized", "none"), "policy": ("none", "rand_augment", "auto_augment")}
+_WHOLE = {
+    "crop_padding": (0, None),
+    "rand_augment_ops": (1, None),
+    "rand_augment_magnitude": (0, 30),
+    "group_size": (1, None),
+}
+_REAL = {"erasing": (0, 1), "mixup": (0, None), "cutmix": (0, None)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentOptions:
+    """``data.augment.*``; a wrong value raises ``UserError``.
+
+    Attributes:
+        crop: "pad" (zero padding, then a random window), "resized" (a random part, enlarged) or "none".
+        crop_padding: pixels per side.
+        crop_scale: smallest and largest share of the area that a resized crop keeps.
+        flip: mirror half of the images left to right.
+        policy: "rand_augment", "auto_augment" (CIFAR-10's policy up to 64 pixels, ImageNet's above) or "none".
+        rand_augment_ops: operations in a row.
+        rand_augment_magnitude: their strength, 0 to 30.
+        erasing: probability that a rectangle is replaced by the mean colour.
+        mixup: α of the Beta distribution of the mixing weight; 0: off.
+        cutmix: the same for CutMix. With both, each batch takes one of them, with equal chances.
+        group_size: images that share one draw of resized crop, policy and erasing.
+    """
+
+    crop: str = "pad"
+    crop_padding: int = 4
+    crop_scale: Sequence[float] = (0.08, 1.0)
+    flip: bool = True
+    policy: str = "none"
+    rand_augment_ops: int = 2
+    rand_augment_magnitude: int = 9
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    group_size: int = 8
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "AugmentOptions":
+        """Options by name; raises ``UserError`` with the nearest spelling for a name that is none."""
+        names = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in names:
+                raise UserError(unknown_name("option of data.augment", name, names))
+        return cls(**{str(name): value for name, value in options.items()})
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(unknown_name(f"data.augment.{name}", getattr(self, name), allowed))
+        for name, bounds in _WHOLE.items():
+            _check_number(name, getattr(self, name), int, bounds)
+        for name, bounds in _REAL.items():
+            _check_number(name, getattr(self, name), (int, float), bounds)
+        if not isinstance(self.flip, bool):
+            raise UserError(f"data.augment.flip must be true or false, not {self.flip!r}")
+        scale = self.crop_scale
+        numbers = isinstance(scale, Sequence) and all(isinstance(share, int | float) for share in scale)
+        if not (numbers and len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
+            raise UserError(f"data.augment.crop_scale must be [smallest, largest] within 0 to 1, not {scale}")
+
+
+def _check_number(name: str, value: Any, kinds: Any, bounds: tuple[float, float | None]) -> None:
+    low, high = bounds
+    right = isinstance(value, kinds) and not isinstance(value, bool)
+    if not right or not low <= value <= (float("inf") if high is None else high):
+        kind = "whole number" if kinds is int else "number"
+        between = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise UserError(f"data.augment.{name} must be a {kind} {between}, not {value!r}")
+
+
+class Augment(nn.Module):
+    """Random crop, flip, policy, erasing and mixing of a batch; does nothing in ``eval()`` mode.
+
+    Args:
+        num_classes: length of the soft targets that mixing makes.
+        image_size: pixels per side.
+        mean: per-channel mean in 0 to 1, the colour of erased rectangles.
+        options: see :class:`AugmentOptions`.
+
+    Raises:
+        UserError: unknown option or value.
+    """
+
+    def __init__(
+        self, *, num_classes: int, image_size: int, mean: Sequence[float] = (0.0, 0.0, 0.0), **options: Any
+    ) -> None:
+        super().__init__()
+        self.options = AugmentOptions.of(options)
+        self._grouped = _grouped_transforms(self.options, image_size, mean)
+        self._mix = _mixing(self.options, num_classes)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Augment one batch.
+
+        Args:
+            images: uint8 (B, C, H, W).
+            labels: int64 (B,).
+
+        Returns:
+            images (B, C, H, W) in 0 to 255, uint8, or float32 where mixup blends them; and the targets:
+            the labels, or with mixup or cutmix float32 (B, num_classes) whose rows sum to 1.
+        """
+        if not self.training:
+            return images, labels
+        if self.options.crop == "pad" and self.options.crop_padding:
+            images = pad_crop(images, self.options.crop_padding)
+        if self.options.flip:
+            images = flip(images)
+        if self._grouped is not None:
+            # torchvision draws once per call, so that a call on the batch would treat all images alike
+            groups = images.split(self.options.group_size)
+            images = torch.cat([self._grouped(group) for group in groups])
+        if self._mix is not None:
+            if self.options.mixup:
+                images = images.float()  # v2.MixUp multiplies in place, which uint8 cannot hold
+            images, labels = self._mix(images, labels)
+        return images, labels
+
+
+def pad_crop(images: Tensor, padding: int) -> Tensor:
+    """A window of (H, W) at its own random place of each zero-padded image. (B, C, H, W) → (B, C, H, W)."""
+    B, C, H, W = images.shape
+    padded = F.pad(images, [padding] * 4)
+    top, left = torch.randint(2 * padding + 1, (2, B, 1, 1)).to(images.device)  # each (B, 1, 1)
+    y = top + torch.arange(H, device=images.device)[:, None]  # (B, H, 1)
+    x = left + torch.arange(W, device=images.device)  # (B, 1, W)
+    pixel = (y * padded.shape[-1] + x).view(B, 1, H * W)  # its place in a flattened channel
+    return padded.flatten(2).gather(2, pixel.expand(B, C, H * W)).view(B, C, H, W)
+
+
+def flip(images: Tensor) -> Tensor:
+    """Each image mirrored left to right with probability 1/2. (B, C, H, W) → (B, C, H, W)."""
+    mirrored = (torch.rand(len(images)) < 0.5).to(images.device)
+    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+
+
+def _grouped_transforms(
+    options: AugmentOptions, image_size: int, mean: Sequence[float]
+) -> Callable[[Tensor], Tensor] | None:
+    steps: list[nn.Module] = []
+    if options.crop == "resized":
+        steps.append(v2.RandomResizedCrop(image_size, scale=tuple(options.crop_scale)))
+    if options.policy == "rand_augment":
+        steps.append(v2.RandAugment(options.rand_augment_ops, options.rand_augment_magnitude))
+    elif options.policy == "auto_augment":
+        small = image_size <= 64
+        steps.append(v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10 if small else v2.AutoAugmentPolicy.IMAGENET))
+    if options.erasing:
+        steps.append(v2.RandomErasing(options.erasing, value=[round(255 * channel) for channel in mean]))
+    return v2.Compose(steps) if steps else None
+
+
+def _mixing(options: AugmentOptions, num_classes: int) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    kinds = ((v2.MixUp, options.mixup), (v2.CutMix, options.cutmix))
+    steps = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
+    return v2.RandomChoice(steps) if steps else None
+
+
+class Normalize(nn.Module):
+    """0 to 255 → float32 of zero mean and unit variance per channel. (B, C, H, W) → (B, C, H, W).
+
+    Args:
+        mean: per channel, of images in 0 to 1.
+        std: per channel, of images in 0 to 1.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        # not persistent: checkpoints say mean and std in words, in ImageData.describe()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(images / 255 - mean) / std``, for uint8 or float images in 0 to 255."""
+        return (images.to(torch.float32) / 255 - self.mean) / self.std

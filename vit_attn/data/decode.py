@@ -1,0 +1,78 @@
+"""One image file → one square of RGB pixels."""
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vit_attn.errors import UserError, one_line
+
+_SIXTEEN_BIT_GREY = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+
+
+class BrokenImageError(UserError):
+    """An image file that cannot be read to its end.
+
+    A ``DataLoader`` worker's exception is made anew from the text of its traceback; only the last line,
+    the message itself, is kept of it.
+    """
+
+    def __init__(self, message: str) -> None:
+        last_line = message.strip().splitlines()[-1]
+        super().__init__(last_line.removeprefix(f"{__name__}.{type(self).__name__}: "))
+
+
+def decode_image(path: str, size: int) -> np.ndarray:
+    """Read the whole file: its first frame, upright by its EXIF orientation, in RGB (alpha is dropped).
+
+    The shorter side is resized to ``size`` (bicubic, antialiased) and the centre is kept; an image of
+    exactly that size keeps its pixels.
+
+    Args:
+        path: any format and mode that PIL reads; 16-bit grey keeps its upper 8 bits.
+        size: pixels per side.
+
+    Returns:
+        uint8 (3, size, size).
+
+    Raises:
+        BrokenImageError: truncated, not an image, a decompression bomb, unreadable.
+    """
+    try:
+        with Image.open(path) as image:
+            # JPEG only: decode at 1/2, 1/4 or 1/8 where that still leaves twice the wanted size
+            image.draft(None, (2 * size, 2 * size))
+            rgb = _to_rgb(ImageOps.exif_transpose(image))
+        if rgb.size != (size, size):
+            rgb = ImageOps.fit(rgb, (size, size), method=Image.Resampling.BICUBIC)
+        return np.asarray(rgb).transpose(2, 0, 1)
+    except Exception as error:  # PIL's plugins raise nearly anything on a broken file
+        raise BrokenImageError(f"cannot read image {path}: {_reason(error)}") from error
+
+
+def natural_size(path: str) -> tuple[int, int]:
+    """Width and height in pixels, by the file's header alone; raises :class:`BrokenImageError`."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except Exception as error:
+        raise BrokenImageError(f"cannot read image {path}: {_reason(error)}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _SIXTEEN_BIT_GREY:
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("its pixels exceed 16 bits")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # PIL warns about the direct way
+    return image.convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or of a format that PIL does not know"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return one_line(error)
