@@ -1,0 +1,126 @@
+"""Look at a model's attention on some images: numbers for every layer, maps for some, pictures of both."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vit_attn.attention import Attention, attention_layers, observe_attention
+from vit_attn.explain.figures import attention_panel, mask_figure
+from vit_attn.explain.maps import patch_maps
+from vit_attn.explain.statistics import AttentionStatistics
+from vit_attn.explain.style import save_figure
+
+
+@dataclass
+class Look:
+    """What was seen.
+
+    Args:
+        layers: the attention layers of the model.
+        statistics: layer → zeros, entropy, support.
+        maps: layer → (B, H, gh, gw), for the layers that were asked for.
+        query: whose attention the maps show.
+    """
+
+    layers: list[Attention]
+    query: str
+    statistics: dict[int, dict[str, float]] = field(default_factory=dict)
+    maps: dict[int, Tensor] = field(default_factory=dict)
+
+    def metrics(self) -> dict[str, float]:
+        """Flat names for loggers: attention/zeros/layer_00, …."""
+        numbers = {
+            f"attention/{name}/layer_{layer:02d}": value
+            for layer, values in self.statistics.items()
+            for name, value in values.items()
+        }
+        for layer in self.layers:
+            if isinstance(layer.alpha, Tensor):
+                for head, alpha in enumerate(layer.alpha.tolist()):
+                    numbers[f"attention/alpha/layer_{layer.layer:02d}/head_{head}"] = alpha
+        return numbers
+
+
+def default_layers(net: nn.Module) -> list[int]:
+    """First, middle and last attention layer."""
+    depth = len(attention_layers(net))
+    return sorted({0, depth // 2, depth - 1})
+
+
+@torch.no_grad()
+def look(net: nn.Module, normalize: nn.Module, images: Tensor, *, layers: Sequence[int], batch_size: int = 32) -> Look:
+    """Run ``net`` over raw images (B, C, H, W), in evaluation mode and fp32, and watch its attention.
+
+    Args:
+        layers: indices of the layers whose maps are kept; numbers are of all.
+        batch_size: images at a time: weights are (batch_size, H, N, N) for one layer at a time.
+    """
+    device = next(net.parameters()).device
+    has_class_token = bool(getattr(net, "has_class_token", False))
+    seen = Look(attention_layers(net), "from the class token" if has_class_token else "mean over all patches")
+    statistics = AttentionStatistics()
+    maps: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    by_index = {layer.layer: layer for layer in seen.layers}
+
+    def observe(layer: int, weights: Tensor) -> None:
+        statistics.update(layer, weights)
+        if layer in maps:
+            owner = by_index[layer]
+            grid = patch_maps(
+                weights,
+                num_prefix_tokens=owner.num_prefix_tokens,
+                has_class_token=has_class_token,
+                grid_size=owner.grid_size,
+            )
+            maps[layer].append(grid.cpu())
+
+    training = net.training
+    net.eval()
+    try:
+        with observe_attention(net, observe):
+            for batch in images.split(batch_size):
+                net(normalize(batch.to(device)))
+    finally:
+        net.train(training)
+    seen.statistics = statistics.compute()
+    seen.maps = {layer: torch.cat(parts) for layer, parts in maps.items()}
+    return seen
+
+
+def write_panels(
+    seen: Look,
+    images: Tensor,
+    folder: Path,
+    *,
+    note: str,
+    suffix: str = "",
+    captions: Sequence[str] | None = None,
+) -> dict[int, Path]:
+    """Draw a heatmap panel per layer with maps: folder/layer_00<suffix>.png.
+
+    Args:
+        seen: maps of at least these images.
+        images: (n, C, H, W) uint8.
+        note: ends the title, such as "epoch 3".
+        captions: a line for each image.
+    """
+    pictures = images.permute(0, 2, 3, 1)  # (n, H, W, C)
+    paths = {}
+    for layer, maps in seen.maps.items():
+        mechanism = next(owner.mechanism for owner in seen.layers if owner.layer == layer)
+        title = f"layer {layer} · {mechanism} · {seen.query} · {note}"
+        figure = attention_panel(pictures, maps[: len(images)], title=title, captions=captions, max_images=len(images))
+        paths[layer] = save_figure(figure, folder / f"layer_{layer:02d}{suffix}.png")
+    return paths
+
+
+def write_masks(net: nn.Module, folder: Path) -> list[Path]:
+    """Draw each pattern that the layers of ``net`` use, once: folder/mask_<pattern>.png."""
+    patterns = {pattern for layer in attention_layers(net) if (pattern := layer.pattern()) is not None}
+    return [
+        save_figure(mask_figure(pattern), folder / f"mask_{pattern.name}.png")
+        for pattern in sorted(patterns, key=lambda pattern: pattern.name)
+    ]
