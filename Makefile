@@ -1,0 +1,65 @@
+# `make` alone lists the targets. Everything runs from .venv, which `make setup` builds once.
+
+PYTHON ?= python3
+SWEEP ?= conf/sweep/mechanisms.yaml
+
+# The container writes to data/ and experiments/ as the caller, not as root.
+COMPOSE = HOST_UID=$$(id -u) HOST_GID=$$(id -g) docker compose -f docker/compose.yaml
+
+# With DRY_RUN=1, print the command instead of running it.
+run = $(if $(filter 1,$(DRY_RUN)),@: $(info $(1)),$(1))
+
+.PHONY: help setup demo train evaluate masks sweep test test-slow lint format docker-build docker-train
+
+help: ## list the targets
+	@awk 'BEGIN {FS = ":[^#]*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
+
+setup: .venv/.installed ## build .venv with the tested versions of constraints.txt
+
+demo: setup ## train a small model on the CPU, score it and draw its attention
+	.venv/bin/python train.py experiment=demo overwrite=true
+	.venv/bin/python evaluate.py ckpt=experiments/demo/strided
+
+train: setup ## train a model, e.g. make train ARGS="model.attention=strided"
+	.venv/bin/python train.py $(ARGS)
+
+evaluate: setup ## score and explain a checkpoint, e.g. make evaluate ARGS="ckpt=experiments/demo/strided"
+	.venv/bin/python evaluate.py $(ARGS)
+
+masks: setup ## draw the patterns, e.g. make masks ARGS="--size 1024 --patterns strided fixed"
+	.venv/bin/python -m vit_attn.masks $(ARGS)
+
+sweep: setup ## start a W&B sweep, e.g. make sweep SWEEP=conf/sweep/alpha.yaml
+	.venv/bin/wandb sweep $(SWEEP)
+
+test: setup ## run the tests but the slow ones, e.g. make test ARGS="-k strided"
+	.venv/bin/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: setup ## run the slow tests
+	.venv/bin/python -m pytest -m slow $(ARGS)
+
+lint: setup ## check style and types
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: setup ## format, and mend what ruff can mend
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+docker-build: ## build the image
+	$(call run,$(COMPOSE) build)
+
+docker-train: ## train in a container; DRY_RUN=1 only shows the command, e.g. make docker-train ARGS="trainer=ddp"
+	$(call run,mkdir -p data experiments && $(COMPOSE) run --rm train $(ARGS))
+
+.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "setting up .venv (about 5 GB, once)"
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $@
+
+# A half-made .venv is removed: `python -m venv` leaves one behind where Debian's python3-venv is missing.
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "vit_attn needs Python 3.11 or newer; $(PYTHON) is: $$($(PYTHON) --version 2>&1). Name another: make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
