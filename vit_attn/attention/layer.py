@@ -101,6 +101,12 @@ class Attention(nn.Module):
             return ALPHA_MIN + (ALPHA_MAX - ALPHA_MIN) * self.alpha_logit.float().sigmoid()
         return self.mechanism.alpha
 
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """(height, width) of the patch grid as it is now."""
+        height, width = self._grid[0].grid_size
+        return height, width
+
     def pattern(self, size: int | None = None) -> Pattern | None:
         """The pattern over the patch grid as it is now; None where every key is allowed.
 
@@ -110,7 +116,7 @@ class Attention(nn.Module):
         Raises:
             ValueError: N tokens that are not the grid's, so that positions would be guessed.
         """
-        height, width = self._grid[0].grid_size
+        height, width = self.grid_size
         if size is None:
             size = self.num_prefix_tokens + height * width
         elif size != self.num_prefix_tokens + height * width:

@@ -1,0 +1,28 @@
+"""Train a Vision Transformer with a chosen attention.
+
+python train.py                                            # softmax on CIFAR-10
+python train.py model.attention=entmax+strided data=cifar10 trainer=gpu
+python train.py experiment=demo                            # a minute on a CPU, no download
+python train.py -m model.attention=softmax,entmax,strided seed=1,2
+"""
+
+import sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from vit_attn.console import run_command
+from vit_attn.training.run import train
+
+
+@hydra.main(config_path="conf", config_name="config", version_base="1.3")
+def job(config: DictConfig) -> None:
+    """Run one configuration; a multirun calls this for each."""
+    # Lightning starts the other processes of a run by repeating the command line: give it that of this job alone.
+    sys.argv = [sys.argv[0], *HydraConfig.get().overrides.task]
+    train(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(job))

@@ -1,0 +1,68 @@
+"""The composed configuration: what identifies a run, what changed since, and plain containers of it."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+# Keys that say where and with what a run is computed, not what it computes.
+_PLACE = (
+    *("hydra", "experiments_dir", "experiment_name", "run_name", "overwrite", "test", "logger", "callbacks"),
+    *("trainer.accelerator", "trainer.devices", "trainer.enable_progress_bar", "trainer.log_every_n_steps"),
+    *("data.root", "data.num_workers", "data.cache_budget", "data.progress", "data.eval_batch_size"),
+    *("data.check_images",),
+)
+# Longer training of a run that has a name of its own is one and the same run.
+_LENGTH = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """Resolve every interpolation and leave plain containers."""
+    resolved = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _leaves(value, f"{prefix}{key}.")
+    else:
+        yield prefix[:-1], node
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    """The leaves that decide what is computed."""
+    return {
+        key: value
+        for key, value in _leaves(config)
+        if not any(key == place or key.startswith(place + ".") for place in _PLACE)
+    }
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """List what would make ``new`` another run than ``old``: "key: old → new"; a longer training does not."""
+    before, after = _identity(old), _identity(new)
+    return [
+        f"{key}: {before.get(key)} → {after.get(key)}"
+        for key in sorted({*before, *after} - set(_LENGTH))
+        if before.get(key) != after.get(key)
+    ]
+
+
+def default_run_name(*, _root_: DictConfig) -> str:
+    """Name a run after its attention, its seed and a digest of all else that decides what is computed."""
+    raw = OmegaConf.to_container(_root_, resolve=False)
+    assert isinstance(raw, dict)
+    leaves = sorted((key, str(value)) for key, value in _identity({str(k): v for k, v in raw.items()}).items())
+    digest = hashlib.sha256(json.dumps(leaves).encode()).hexdigest()[:6]
+    attention = _root_.model.attention
+    specs = attention if isinstance(attention, ListConfig) else [attention]
+    readable = re.sub(r"[^\w+.-]+", "-", "-".join(str(spec) for spec in specs))[:60]
+    return f"{readable}_seed{_root_.seed}_{digest}"
+
+
+OmegaConf.register_new_resolver("default_run_name", default_run_name, replace=True)

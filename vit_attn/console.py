@@ -1,0 +1,98 @@
+"""What a command shows: our lines, no noise of the libraries, one line for a mistake."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from vit_attn.errors import UserError, one_line, unknown_name
+
+log = logging.getLogger("vit_attn")
+
+# Advice of libraries that does not hold here, by the beginning of the message.
+_NOISE = (
+    r".*does not have many workers",  # batches come from memory
+    r".*`ModelCheckpoint\(monitor=.*could not find the monitored key",
+    r".*The number of training batches .* is smaller than the logging interval",
+    r".*Checkpoint directory .* exists and is not empty",
+    r".*You're resuming from a checkpoint that ended before the epoch ended",  # our loaders resume inside an epoch
+    r".*It is recommended to use .*sync_dist=True",  # what is logged without it is the same on every rank
+    r".*isinstance\(treespec, LeafSpec\)",
+    r".*Precision 16-mixed is not supported on CPU",
+    r".*The `srun` command is available",
+    r".*weights_only",
+    r".*lr_scheduler.step\(\)` before `optimizer.step\(\)",  # a first step that mixed precision skipped
+    r".*ambiguous collection",
+)
+
+
+def is_first_process() -> bool:
+    """Whether this process writes for all of them; known from the environment before any of them meet."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def shows_progress_bar() -> bool:
+    """Whether a person watches: a progress bar in a log file is noise."""
+    return sys.stderr.isatty() and is_first_process()
+
+
+def write_log_to(path: Path) -> None:
+    """Send the log to this file too, instead of the last run's."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    for old in [old for old in log.handlers if isinstance(old, logging.FileHandler)]:
+        log.removeHandler(old)
+        old.close()
+    log.addHandler(handler)
+
+
+def set_up() -> None:
+    """Show our own lines on the first process, and quieten the libraries."""
+    # Hydra then raises its errors to us instead of printing them at length.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO if is_first_process() else logging.ERROR)
+    log.propagate = False
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def explain(error: Exception) -> str:
+    """Say on one line what is wrong with the command line or the configuration, with the nearest right spelling."""
+    cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
+    if isinstance(cause, MissingConfigException) and cause.options is not None:
+        group, _, choice = (cause.missing_cfg_file or "").rpartition("/")
+        return unknown_name(group, choice, sorted(cause.options))
+    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and isinstance(cause.parent_node, DictConfig):
+        parent = cause.full_key.rpartition(".")[0] if cause.full_key else ""
+        keys = [f"{parent}.{key!s}" if parent else str(key) for key in cause.parent_node]
+        return unknown_name("key", cause.full_key, keys)
+    return one_line(error).removesuffix(" See https://hydra.cc/docs/1.2/advanced/override_grammar/basic for details")
+
+
+def run_command(command: Callable[[], object]) -> int:
+    """Run a command and return its exit status: 0; 2 and one line on stderr for a mistake of the user's.
+
+    An error of the program's own goes on as an exception, with its traceback.
+    """
+    set_up()
+    try:
+        command()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0

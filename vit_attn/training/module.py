@@ -1,0 +1,171 @@
+"""The LightningModule: one training step, and the metrics of validation and test."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import hydra.utils
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from omegaconf import DictConfig
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import CatMetric, MeanMetric, MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassCalibrationError,
+    MulticlassConfusionMatrix,
+)
+
+from vit_attn.errors import UserError, one_line
+
+CALIBRATION_BINS = 15
+
+
+def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
+    """Seed of everything random in one training step: a function of these four alone, so a resumed run repeats it."""
+    high, low = np.random.SeedSequence((seed, epoch, step, rank)).generate_state(2)
+    return int(high) << 32 | int(low)
+
+
+def warmup_cosine(step: int, *, total: int, warmup: int, final: float) -> float:
+    """Factor on the learning rate: up in a line over ``warmup`` steps, then down in a cosine to ``final``."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Classifier(LightningModule):
+    """Trains and scores an image classifier.
+
+    Args:
+        net: images (B, C, H, W), normalized, to logits (B, num_classes).
+        criterion: loss of logits and targets, with ``probabilities(logits)``.
+        normalize: uint8 or float images to normalized ones.
+        augment: (images, labels) to (images, targets), in training; None where the module only scores.
+        optimizer: ``_target_`` and arguments of a torch optimizer.
+        lr_schedule: ``warmup`` and ``final_lr``, shares.
+        seed: of the randomness of each training step.
+        num_classes: classes.
+        extra: plain containers that every checkpoint carries under "vit_attn".
+    """
+
+    def __init__(
+        self,
+        *,
+        net: nn.Module,
+        criterion: nn.Module,
+        normalize: nn.Module,
+        num_classes: int,
+        augment: nn.Module | None = None,
+        optimizer: DictConfig | None = None,
+        lr_schedule: DictConfig | None = None,
+        seed: int = 0,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.criterion = criterion
+        self.normalize = normalize
+        self.augment = augment
+        self.optimizer_config = optimizer
+        self.lr_schedule = lr_schedule
+        self.seed = seed
+        self.extra = dict(extra or {})
+        self.val_acc = MulticlassAccuracy(num_classes, average="micro")
+        scores: dict[str, Any] = {
+            "acc": MulticlassAccuracy(num_classes, average="micro"),
+            "per_class_acc": MulticlassAccuracy(num_classes, average=None),
+            "confusion": MulticlassConfusionMatrix(num_classes),
+            "ece": MulticlassCalibrationError(num_classes, n_bins=CALIBRATION_BINS, norm="l1"),
+        }
+        if num_classes > 5:
+            scores["top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
+        self.test_scores = MetricCollection(scores, compute_groups=False)
+        self.test_loss, self.confidences, self.correct = MeanMetric(), CatMetric(), CatMetric()
+        self.calibration: tuple[Tensor, ...] = ()  # of each test image: confidence, and whether it was right
+        self.test_results: dict[str, Any] = {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) of raw images (B, C, H, W)."""
+        return self.net(self.normalize(images))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Mean loss of one batch, augmented here, on the training device."""
+        assert self.augment is not None
+        torch.manual_seed(step_seed(self.seed, self.current_epoch, batch_idx, self.global_rank))
+        images, targets = self.augment(*batch)
+        logits = self(images)
+        loss = self.criterion(logits, targets)
+        classes = targets if targets.dim() == 1 else targets.argmax(1)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/acc", (logits.detach().argmax(1) == classes).float().mean())
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add a batch to val/loss and val/acc."""
+        images, labels = batch
+        logits = self(images)
+        self.val_acc(logits, labels)
+        self.log("val/loss", self.criterion(logits, labels), on_epoch=True, batch_size=len(labels), sync_dist=True)
+        self.log("val/acc", self.val_acc, on_epoch=True, batch_size=len(labels), prog_bar=True)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add a batch to the test scores."""
+        images, labels = batch
+        logits = self(images)
+        probabilities = self.criterion.probabilities(logits)  # type: ignore[operator]  # see Args
+        # Ties in sparse probabilities would shuffle the top 5: logits for ranks, probabilities for calibration.
+        for name, metric in self.test_scores.items(keep_base=True):
+            metric.update(probabilities if name == "ece" else logits, labels)
+        confidence, predicted = probabilities.gather(1, logits.argmax(1, keepdim=True))[:, 0], logits.argmax(1)
+        self.confidences.update(confidence)
+        self.correct.update((predicted == labels).float())
+        self.test_loss.update(self.criterion(logits, labels), weight=len(labels))
+
+    def on_test_epoch_end(self) -> None:
+        """Compute the test scores over all processes; numbers are logged, all is kept in ``test_results``."""
+        scores = self.test_scores.compute()
+        self.test_results = {
+            "loss": float(self.test_loss.compute()),
+            **{name: value.tolist() for name, value in scores.items()},
+        }
+        self.calibration = self.confidences.compute().cpu(), self.correct.compute().cpu()
+        self.log_dict({f"test/{name}": scores[name] for name in ("acc", "top5", "ece") if name in scores})
+        self.log("test/loss", self.test_results["loss"])
+        for metric in (self.test_scores, self.test_loss, self.confidences, self.correct):
+            metric.reset()
+
+    def configure_optimizers(self) -> Any:
+        """Set up the optimizer with weight decay where it belongs, warm-up and cosine by step.
+
+        Raises:
+            UserError: an optimizer that does not exist or does not take these arguments.
+        """
+        assert self.optimizer_config is not None
+        assert self.lr_schedule is not None
+        options = {str(key): value for key, value in self.optimizer_config.items()}
+        target = options.pop("_target_")
+        # One-dimensional parameters (norms, biases, α) and what the model names (position embeddings, tokens).
+        groups = param_groups_weight_decay(
+            self.net,
+            weight_decay=options.get("weight_decay", 0.0),
+            no_weight_decay_list=self.net.no_weight_decay(),  # type: ignore[operator]  # every timm model has it
+        )
+        try:
+            optimizer = hydra.utils.get_class(target)(groups, **options)
+        except (TypeError, ValueError, ImportError) as error:
+            raise UserError(f"optimizer: {one_line(error)}") from error
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            raise UserError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+        warmup, final = round(self.lr_schedule.warmup * total), self.lr_schedule.final_lr
+        schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, total=int(total), warmup=warmup, final=final))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what a model is rebuilt from: plain containers, so that nothing needs unpickling."""
+        checkpoint["vit_attn"] = self.extra
