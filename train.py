@@ -13,7 +13,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from vit_attn.console import run_command
+from vit_attn.errors import UserError
 from vit_attn.training.run import train
+
+
+mistakes: list[UserError] = []
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
@@ -21,8 +25,19 @@ def job(config: DictConfig) -> None:
     """Run one configuration; a multirun calls this for each."""
     # Lightning starts the other processes of a run by repeating the command line: give it that of this job alone.
     sys.argv = [sys.argv[0], *HydraConfig.get().overrides.task]
-    train(config)
+    try:
+        train(config)
+    except UserError as error:
+        # Not through Hydra, which adds lines of its own; and the other jobs of a multirun go on.
+        mistakes.append(error)
+
+
+def main() -> None:
+    """Run the command line's one job or many, then say what went wrong."""
+    job()
+    if mistakes:
+        raise UserError("; ".join(dict.fromkeys(map(str, mistakes))))
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(job))
+    sys.exit(run_command(main))

@@ -11,12 +11,15 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 # Keys that say where and with what a run is computed, not what it computes.
 _PLACE = (
     *("hydra", "experiments_dir", "experiment_name", "run_name", "overwrite", "test", "logger", "callbacks"),
-    *("trainer.accelerator", "trainer.devices", "trainer.enable_progress_bar", "trainer.log_every_n_steps"),
+    *("trainer.accelerator", "trainer.enable_progress_bar", "trainer.log_every_n_steps"),
     *("data.root", "data.num_workers", "data.cache_budget", "data.progress", "data.eval_batch_size"),
     *("data.check_images",),
 )
-# Longer training of a run that has a name of its own is one and the same run.
-_LENGTH = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
+# What a run that has a name of its own may change when it goes on: how long it is, and how many devices it has.
+_MAY_CHANGE = (
+    *("trainer.max_epochs", "trainer.max_steps", "trainer.max_time"),
+    *("trainer.devices", "trainer.num_nodes", "trainer.strategy"),
+)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -44,11 +47,11 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """List what would make ``new`` another run than ``old``: "key: old → new"; a longer training does not."""
+    """List what would make ``new`` another run than ``old``: "key: old → new"."""
     before, after = _identity(old), _identity(new)
     return [
         f"{key}: {before.get(key)} → {after.get(key)}"
-        for key in sorted({*before, *after} - set(_LENGTH))
+        for key in sorted({*before, *after} - set(_MAY_CHANGE))
         if before.get(key) != after.get(key)
     ]
 

@@ -217,7 +217,7 @@ def _build_trainer(config: DictConfig, folder: RunFolder, resumed: dict[str, Any
 
 
 def _loggers(config: DictConfig, folder: RunFolder, resumed: dict[str, Any] | None) -> list[Logger]:
-    step = resumed["global_step"] if resumed is not None else -1
+    step = resumed["global_step"] - 1 if resumed is not None else -1
     loggers: list[Logger] = [CsvLogger(folder.logs / "metrics.csv", resume_step=step)]
     if config.logger.get("_target_") and is_first_process():
         logger = _instantiate("logger", config.logger, folder=folder.root, run_name=str(config.run_name))
@@ -234,7 +234,7 @@ def _resume_inside_epoch(checkpoint: dict[str, Any], data: ImageData) -> None:
     """Leave out the batches of the current epoch that the checkpoint has seen."""
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     if not progress["is_last_batch"]:
-        data.start_batch = progress["current"]["completed"]
+        data.start_batch = progress["current"]["processed"]
 
 
 def _score(trainer: Trainer, module: Classifier, data: ImageData, folder: RunFolder, *, test: bool) -> dict[str, Any]:
