@@ -16,7 +16,6 @@ from vit_attn.console import run_command
 from vit_attn.errors import UserError
 from vit_attn.training.run import train
 
-
 mistakes: list[UserError] = []
 
 

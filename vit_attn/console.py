@@ -76,7 +76,9 @@ def explain(error: Exception) -> str:
         return unknown_name(group, choice, sorted(cause.options))
     if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and isinstance(cause.parent_node, DictConfig):
         parent = cause.full_key.rpartition(".")[0] if cause.full_key else ""
-        keys = [f"{parent}.{key!s}" if parent else str(key) for key in cause.parent_node]
+        keys = [
+            f"{parent}.{key!s}" if parent else str(key) for key in cause.parent_node if not str(key).startswith("_")
+        ]
         return unknown_name("key", cause.full_key, keys)
     return one_line(error).removesuffix(" See https://hydra.cc/docs/1.2/advanced/override_grammar/basic for details")
 

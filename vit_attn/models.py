@@ -78,7 +78,7 @@ def create_vit(
 
 def _create_timm(name: str, kwargs: dict[str, Any], weights: str | Path | None) -> Any:
     if not timm.is_model(name.split(".")[0]):
-        raise UserError(unknown_name("model.name", name, timm.list_models()))
+        raise UserError(unknown_name("model.name", name, timm.list_models(["vit_*", "deit*"])))
     with _quiet_hub():
         try:
             return timm.create_model(name, **kwargs)
@@ -140,7 +140,10 @@ def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         state = load_state_dict(str(path), weights_only=True)
     except Exception as error:  # every kind of broken file raises its own kind of error
-        raise UserError(f"model.weights={path}: not a readable weights file ({one_line(error)[:200]})") from error
+        why = "cannot be read, it is broken, cut short or no weights file"
+        if "weights_only" in str(error):
+            why = "refused, it holds more than tensors (it could run code)"
+        raise UserError(f"model.weights={path}: {why}") from error
     if any(key.startswith(_CHECKPOINT_PREFIX) for key in state):
         ours = {key: value for key, value in state.items() if key.startswith(_CHECKPOINT_PREFIX)}
         state = {key.removeprefix(_CHECKPOINT_PREFIX): value for key, value in ours.items()}

@@ -17,13 +17,13 @@ from vit_attn.config import plain
 from vit_attn.console import shows_progress_bar
 from vit_attn.cost import environment, model_cost
 from vit_attn.data import ImageData, Normalize
-from vit_attn.errors import UserError, one_line, user_errors
+from vit_attn.errors import UserError, one_line, unknown_name, user_errors
 from vit_attn.explain.figures import confusion_figure, reliability_figure
 from vit_attn.explain.probe import default_layers, look, write_masks, write_panels
 from vit_attn.explain.style import save_figure
-from vit_attn.training.folder import RunFolder, load_checkpoint
+from vit_attn.training.build import build_data, build_loss, build_net
+from vit_attn.training.folder import RunFolder, load_checkpoint, update_json
 from vit_attn.training.module import CALIBRATION_BINS, Classifier
-from vit_attn.training.run import build_data, build_loss, build_net, update_json
 
 log = logging.getLogger("vit_attn")
 
@@ -131,6 +131,9 @@ def _load_data(
     config: DictConfig, saved: dict[str, Any], trained_on: dict[str, Any], overrides: dict[str, Any]
 ) -> ImageData:
     """Load the test split, with the sizes and the normalization that the model was trained with."""
+    for key in overrides:
+        if key not in saved["data"]:
+            raise UserError(unknown_name("key", f"data.{key}", [f"data.{name}" for name in saved["data"]]))
     options = plain(config.data) if config.get("data") is not None else {**saved["data"], **overrides}
     fixed = {name: trained_on[name] for name in ("image_size", "mean", "std")}
     data = build_data(OmegaConf.create({**options, **fixed}), saved["seed"])

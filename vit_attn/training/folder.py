@@ -1,5 +1,6 @@
 """A run on disk: experiments/<experiment_name>/<run_name>/."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -90,7 +91,17 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # every kind of broken file raises its own kind of error
         if "weights_only" in str(error) or "Weights only load failed" in str(error):
             raise UserError(f"checkpoint {path}: refused, it holds more than plain data (it could run code)") from error
-        raise UserError(f"checkpoint {path}: broken or not a checkpoint ({one_line(error)[:120]})") from error
+        raise UserError(f"checkpoint {path}: cannot be read, it is broken, cut short or no checkpoint") from error
     if not isinstance(checkpoint, dict) or not {"vit_attn", "state_dict"} <= checkpoint.keys():
         raise UserError(f"checkpoint {path}: not made by vit_attn's train.py")
     return checkpoint
+
+
+def update_json(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Put ``content`` into a JSON file, over what it holds, in one move: a reader never sees half of it."""
+    if path.exists():
+        content = {**json.loads(path.read_text()), **content}
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    part.replace(path)
+    return content

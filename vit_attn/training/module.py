@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from omegaconf import DictConfig
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import CatMetric, MeanMetric, MetricCollection
 from torchmetrics.classification import (
@@ -36,6 +37,26 @@ def warmup_cosine(step: int, *, total: int, warmup: int, final: float) -> float:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_optimizer(net: nn.Module, config: DictConfig) -> Optimizer:
+    """Create the optimizer that ``conf/optimizer`` describes, with weight decay where it belongs.
+
+    Raises:
+        UserError: an optimizer that does not exist or does not take these arguments.
+    """
+    options = {str(key): value for key, value in config.items()}
+    target = options.pop("_target_")
+    # Without decay: one-dimensional parameters (norms, biases, α) and what the model names (positions, tokens).
+    groups = param_groups_weight_decay(
+        net,
+        weight_decay=options.get("weight_decay", 0.0),
+        no_weight_decay_list=net.no_weight_decay(),  # type: ignore[operator]  # every timm model has it
+    )
+    try:
+        return hydra.utils.get_class(target)(groups, **options)
+    except (TypeError, ValueError, ImportError) as error:
+        raise UserError(f"optimizer: {one_line(error)}") from error
 
 
 class Classifier(LightningModule):
@@ -140,28 +161,11 @@ class Classifier(LightningModule):
             metric.reset()
 
     def configure_optimizers(self) -> Any:
-        """Set up the optimizer with weight decay where it belongs, warm-up and cosine by step.
-
-        Raises:
-            UserError: an optimizer that does not exist or does not take these arguments.
-        """
+        """Set up the optimizer, warm-up and cosine by step."""
         assert self.optimizer_config is not None
         assert self.lr_schedule is not None
-        options = {str(key): value for key, value in self.optimizer_config.items()}
-        target = options.pop("_target_")
-        # One-dimensional parameters (norms, biases, α) and what the model names (position embeddings, tokens).
-        groups = param_groups_weight_decay(
-            self.net,
-            weight_decay=options.get("weight_decay", 0.0),
-            no_weight_decay_list=self.net.no_weight_decay(),  # type: ignore[operator]  # every timm model has it
-        )
-        try:
-            optimizer = hydra.utils.get_class(target)(groups, **options)
-        except (TypeError, ValueError, ImportError) as error:
-            raise UserError(f"optimizer: {one_line(error)}") from error
+        optimizer = build_optimizer(self.net, self.optimizer_config)
         total = self.trainer.estimated_stepping_batches
-        if math.isinf(total):
-            raise UserError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
         warmup, final = round(self.lr_schedule.warmup * total), self.lr_schedule.final_lr
         schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, total=int(total), warmup=warmup, final=final))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,77 +1,25 @@
 """A training run from its configuration: build, fit, score the best checkpoint, write results."""
 
-import json
 import logging
-from pathlib import Path
 from typing import Any
 
-import hydra.utils
-import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from omegaconf import DictConfig
 
-from vit_attn.attention import parse_attention
 from vit_attn.config import plain
-from vit_attn.console import is_first_process, shows_progress_bar
 from vit_attn.cost import environment, model_cost
 from vit_attn.data import ImageData
-from vit_attn.errors import UserError, one_line, user_errors
+from vit_attn.errors import user_errors
 from vit_attn.explain.probe import default_layers, look, write_masks, write_panels
-from vit_attn.models import create_vit
-from vit_attn.tracking.loggers import CsvLogger, log_pictures, without_secrets
-from vit_attn.training.callbacks import EpochLines, Throughput
-from vit_attn.training.folder import RunFolder, load_checkpoint
-from vit_attn.training.module import Classifier
+from vit_attn.tracking.loggers import log_pictures, without_secrets
+from vit_attn.training.build import build_data, build_loss, build_net, build_trainer
+from vit_attn.training.check import check_config
+from vit_attn.training.folder import RunFolder, load_checkpoint, update_json
+from vit_attn.training.module import Classifier, build_optimizer
 
 log = logging.getLogger("vit_attn")
-
-# Up to this many pixels per side, timm's patches of 16 would leave a handful of tokens.
-_SMALL_IMAGE, _SMALL_PATCH = 64, 4
-
-
-def build_net(model: dict[str, Any], *, num_classes: int, image_size: int) -> nn.Module:
-    """Create the network that ``conf/model`` describes; nulls are left to timm.
-
-    Raises:
-        UserError: see :func:`vit_attn.models.create_vit`.
-    """
-    options = {str(key): value for key, value in model.items() if value is not None}
-    if "patch_size" not in options and image_size <= _SMALL_IMAGE:
-        options["patch_size"] = _SMALL_PATCH
-    return create_vit(options.pop("name"), num_classes=num_classes, img_size=image_size, **options)
-
-
-def build_data(config: DictConfig | dict[str, Any], seed: int) -> ImageData:
-    """Create the data module that ``conf/data`` describes.
-
-    Raises:
-        UserError: a wrong option.
-    """
-    return _instantiate("data", config, seed=seed)
-
-
-def build_loss(config: DictConfig | dict[str, Any]) -> nn.Module:
-    """Create the loss that ``conf/loss`` describes.
-
-    Raises:
-        UserError: a wrong option.
-    """
-    return _instantiate("loss", config)
-
-
-def _instantiate(what: str, config: Any, **extra: Any) -> Any:
-    """Hydra's instantiate, with the errors that a wrong key or value causes on one line."""
-    try:
-        return hydra.utils.instantiate(config, **extra)
-    except hydra.errors.InstantiationException as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, UserError):
-            raise cause from error
-        raise UserError(f"{what}: {one_line(cause)[:300]}") from error
 
 
 def train(config: DictConfig) -> dict[str, Any]:
@@ -83,7 +31,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: a mistake in the configuration or the data, before any training.
     """
-    _check(config)
+    check_config(config)
     folder = RunFolder.of(config)
     data = build_data(config.data, config.seed)
     with user_errors("data"):
@@ -92,11 +40,12 @@ def train(config: DictConfig) -> dict[str, Any]:
     seed_everything(config.seed, verbose=False)
     # Nulls of the configuration mean "as timm has it", so the plain dictionary goes to timm, not OmegaConf.
     net = build_net(plain(config.model), num_classes=data.num_classes, image_size=data.image_size)
+    build_optimizer(net, config.optimizer)  # Lightning makes it once training begins: a wrong argument is found here
     # Before anything is written: a torn checkpoint must not cost the logs.
     resumed = load_checkpoint(folder.last) if folder.resumable and not config.overwrite else None
     folder.create(config)
     cost = model_cost(net, data.image_size, data.in_chans)
-    _introduce(folder, config, data, cost)
+    _introduce(folder, config, data, net, cost)
     if config.compile:
         net.compile()
     module = Classifier(
@@ -110,7 +59,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         seed=config.seed,
         extra={"config": without_secrets(plain(config)), "data": data.describe()},
     )
-    trainer = _build_trainer(config, folder, resumed)
+    trainer = build_trainer(config, folder, resumed)
     if resumed is not None:
         _resume_inside_epoch(resumed, data)
         log.info("resuming from %s at step %d", folder.last, resumed["global_step"])
@@ -126,31 +75,7 @@ def _names(attention: Any) -> str | list[str]:
     return attention if isinstance(attention, str) else list(attention)
 
 
-def _check(config: DictConfig) -> None:
-    """Refuse what can be known to be wrong before data is read."""
-    with user_errors():
-        options = {key: value for key, value in plain(config.model.attention_options).items() if value is not None}
-        mechanisms = parse_attention(plain(config.model)["attention"], options)
-    unused = set.intersection(*(mechanism.unused_options() for mechanism in mechanisms))
-    for name in sorted(unused):
-        log.info("note: model.attention_options.%s has no use in model.attention=%s", name, config.model.attention)
-    schedule = config.lr_schedule
-    for key, value in schedule.items():
-        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise UserError(f"lr_schedule.{key} is a share, from 0 to 1, not {value!r}")
-    if isinstance(config.seed, bool) or not isinstance(config.seed, int) or config.seed < 0:
-        raise UserError(f"seed must be a whole number of at least 0, not {config.seed!r}")
-    if config.trainer.precision == "16-mixed" and _on_cpu(config):
-        log.info("note: on a CPU, Lightning runs trainer.precision=16-mixed as bf16-mixed")
-    build_loss(config.loss)
-    _callbacks(config, None)
-
-
-def _on_cpu(config: DictConfig) -> bool:
-    return config.trainer.accelerator == "cpu" or not torch.cuda.is_available()
-
-
-def _introduce(folder: RunFolder, config: DictConfig, data: ImageData, cost: dict[str, Any]) -> None:
+def _introduce(folder: RunFolder, config: DictConfig, data: ImageData, net: Any, cost: dict[str, Any]) -> None:
     sizes = data.describe()["num_images"]
     split = ", ".join(f"{count:,} {name}" for name, count in sizes.items())
     log.info("run        %s", folder.root)
@@ -165,69 +90,13 @@ def _introduce(folder: RunFolder, config: DictConfig, data: ImageData, cost: dic
         cost["flops"] / 1e9,
         cost["flops_by_entries"] / 1e9,
     )
+    patch = net.patch_embed.patch_size[0]
+    if data.image_size % patch:
+        log.info("note: patches of %d leave %d of %d pixels unseen", patch, data.image_size % patch, data.image_size)
     kinds = dict.fromkeys(zip(cost["layers"], cost["sparsity"], cost["entries"], strict=True))
     for name, sparsity, entries in kinds:
         count = cost["layers"].count(name)
         log.info("attention  %d x %s: %d entries, %.1f %% forbidden", count, name, entries, 100 * sparsity)
-
-
-def _callbacks(config: DictConfig, folder: RunFolder | None) -> list[Callback]:
-    """Build what ``conf/callbacks`` enables, in its order."""
-    callbacks: list[Callback] = []
-    for name, entry in config.callbacks.items():
-        if not isinstance(entry, DictConfig) or not entry.enabled:
-            continue
-        options = OmegaConf.masked_copy(entry, [str(key) for key in entry if key != "enabled"])
-        extra = {"folder": folder.attention} if name == "attention_probe" and folder is not None else {}
-        callbacks.append(_instantiate(f"callbacks.{name}", options, **extra))
-    return callbacks
-
-
-def _build_trainer(config: DictConfig, folder: RunFolder, resumed: dict[str, Any] | None) -> Trainer:
-    every = config.callbacks.checkpoint_every_n_steps
-    kept: dict[str, Any] = {
-        "dirpath": folder.checkpoints,
-        "enable_version_counter": False,
-    }
-    callbacks = [
-        *_callbacks(config, folder),
-        Throughput(),
-        EpochLines(),
-        ModelCheckpoint(filename="best", monitor="val/acc", mode="max", **kept),
-        ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **kept),
-    ]
-    if every is not None:
-        callbacks.append(ModelCheckpoint(filename="last", every_n_train_steps=every, **kept))
-    bar = shows_progress_bar() and bool(config.trainer.enable_progress_bar)
-    if bar:
-        callbacks.append(TQDMProgressBar())
-    with user_errors("trainer"):
-        return _instantiate(
-            "trainer",
-            config.trainer,
-            callbacks=callbacks,
-            logger=_loggers(config, folder, resumed),
-            default_root_dir=str(folder.root),
-            enable_progress_bar=bar,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            # The data module deals the ranks their shares itself, so that order depends on seed and epoch alone.
-            use_distributed_sampler=False,
-        )
-
-
-def _loggers(config: DictConfig, folder: RunFolder, resumed: dict[str, Any] | None) -> list[Logger]:
-    step = resumed["global_step"] - 1 if resumed is not None else -1
-    loggers: list[Logger] = [CsvLogger(folder.logs / "metrics.csv", resume_step=step)]
-    if config.logger.get("_target_") and is_first_process():
-        logger = _instantiate("logger", config.logger, folder=folder.root, run_name=str(config.run_name))
-        logger.log_hyperparams(without_secrets(plain(config)))
-        loggers.append(logger)
-        if isinstance(logger, WandbLogger):
-            settings = logger.experiment.settings
-            sync = "" if settings.mode == "online" else f"; to upload it: wandb sync {settings.sync_dir}"
-            log.info("W&B        %s%s", settings.mode, sync)
-    return loggers
 
 
 def _resume_inside_epoch(checkpoint: dict[str, Any], data: ImageData) -> None:
@@ -293,13 +162,3 @@ def _write_results(
     log.info("results    %s", folder.results / "metrics.json")
     for path in (*panels.values(), *masks):
         log.info("picture    %s", path)
-
-
-def update_json(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Put ``content`` into a JSON file, over what it holds, in one move: a reader never sees half of it."""
-    if path.exists():
-        content = {**json.loads(path.read_text()), **content}
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    part.replace(path)
-    return content

@@ -1,0 +1,129 @@
+"""Objects from their configuration: network, data, loss, callbacks, loggers, Trainer."""
+
+import logging
+from typing import Any
+
+import hydra.utils
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import Logger, WandbLogger
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from vit_attn.config import plain
+from vit_attn.console import is_first_process, shows_progress_bar
+from vit_attn.data import ImageData
+from vit_attn.errors import UserError, one_line
+from vit_attn.models import create_vit
+from vit_attn.tracking.loggers import CsvLogger, without_secrets
+from vit_attn.training.callbacks import EpochLines, Throughput
+from vit_attn.training.folder import RunFolder
+
+log = logging.getLogger("vit_attn")
+
+# Up to this many pixels per side, timm's patches of 16 would leave a handful of tokens.
+_SMALL_IMAGE, _SMALL_PATCH = 64, 4
+
+
+def build_net(model: dict[str, Any], *, num_classes: int, image_size: int) -> nn.Module:
+    """Create the network that ``conf/model`` describes; nulls are left to timm.
+
+    Raises:
+        UserError: see :func:`vit_attn.models.create_vit`.
+    """
+    options = {str(key): value for key, value in model.items() if value is not None}
+    if "patch_size" not in options and image_size <= _SMALL_IMAGE:
+        options["patch_size"] = _SMALL_PATCH
+    return create_vit(options.pop("name"), num_classes=num_classes, img_size=image_size, **options)
+
+
+def build_data(config: DictConfig | dict[str, Any], seed: int) -> ImageData:
+    """Create the data module that ``conf/data`` describes.
+
+    Raises:
+        UserError: a wrong option.
+    """
+    progress = bool(config.get("progress")) and shows_progress_bar()
+    return instantiate("data", config, seed=seed, progress=progress)
+
+
+def build_loss(config: DictConfig | dict[str, Any]) -> nn.Module:
+    """Create the loss that ``conf/loss`` describes.
+
+    Raises:
+        UserError: a wrong option.
+    """
+    return instantiate("loss", config)
+
+
+def instantiate(what: str, config: Any, **extra: Any) -> Any:
+    """Call Hydra's instantiate on one part of the configuration.
+
+    Raises:
+        UserError: a wrong key or value; the message begins with ``what``.
+    """
+    try:
+        return hydra.utils.instantiate(config, **extra)
+    except hydra.errors.InstantiationException as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, UserError):
+            raise cause from error
+        raise UserError(f"{what}: {one_line(cause)[:300]}") from error
+
+
+def build_callbacks(config: DictConfig, folder: RunFolder | None) -> list[Callback]:
+    """Build what ``conf/callbacks`` enables, in its order."""
+    callbacks: list[Callback] = []
+    for name, entry in config.callbacks.items():
+        if not isinstance(entry, DictConfig) or not entry.enabled:
+            continue
+        options = OmegaConf.masked_copy(entry, [str(key) for key in entry if key != "enabled"])
+        extra = {"folder": folder.attention} if name == "attention_probe" and folder is not None else {}
+        callbacks.append(instantiate(f"callbacks.{name}", options, **extra))
+    return callbacks
+
+
+def build_trainer(config: DictConfig, folder: RunFolder, resumed: dict[str, Any] | None) -> Trainer:
+    every = config.callbacks.checkpoint_every_n_steps
+    kept: dict[str, Any] = {
+        "dirpath": folder.checkpoints,
+        "enable_version_counter": False,
+    }
+    callbacks = [
+        *build_callbacks(config, folder),
+        Throughput(),
+        EpochLines(),
+        ModelCheckpoint(filename="best", monitor="val/acc", mode="max", **kept),
+        ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **kept),
+    ]
+    if every is not None:
+        callbacks.append(ModelCheckpoint(filename="last", every_n_train_steps=every, **kept))
+    bar = shows_progress_bar() and bool(config.trainer.enable_progress_bar)
+    if bar:
+        callbacks.append(TQDMProgressBar())
+    return instantiate(
+        "trainer",
+        config.trainer,
+        callbacks=callbacks,
+        logger=_loggers(config, folder, resumed),
+        default_root_dir=str(folder.root),
+        enable_progress_bar=bar,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        # The data module deals the ranks their shares itself, so that order depends on seed and epoch alone.
+        use_distributed_sampler=False,
+    )
+
+
+def _loggers(config: DictConfig, folder: RunFolder, resumed: dict[str, Any] | None) -> list[Logger]:
+    step = resumed["global_step"] - 1 if resumed is not None else -1
+    loggers: list[Logger] = [CsvLogger(folder.logs / "metrics.csv", resume_step=step)]
+    if config.logger.get("_target_") and is_first_process():
+        logger = instantiate("logger", config.logger, folder=folder.root, run_name=str(config.run_name))
+        logger.log_hyperparams(without_secrets(plain(config)))
+        loggers.append(logger)
+        if isinstance(logger, WandbLogger):
+            settings = logger.experiment.settings
+            sync = "" if settings.mode == "online" else f"; to upload it: wandb sync {settings.sync_dir}"
+            log.info("W&B        %s%s", settings.mode, sync)
+    return loggers
