@@ -33,6 +33,8 @@ def job(config: DictConfig) -> None:
 
 def main() -> None:
     """Run the command line's one job or many, then say what went wrong."""
+    # Hydra's own parser takes -m before the overrides or after them, not in between.
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
     job()
     if mistakes:
         raise UserError("; ".join(dict.fromkeys(map(str, mistakes))))

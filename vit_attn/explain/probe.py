@@ -80,7 +80,8 @@ def look(net: nn.Module, normalize: nn.Module, images: Tensor, *, layers: Sequen
     training = net.training
     net.eval()
     try:
-        with observe_attention(net, observe):
+        # A compiled network would be compiled again around the observer.
+        with torch.compiler.set_stance("force_eager"), observe_attention(net, observe):
             for batch in images.split(batch_size):
                 net(normalize(batch.to(device)))
     finally:
