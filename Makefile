@@ -17,7 +17,7 @@ help: ## list the targets
 setup: .venv/.installed ## build .venv with the tested versions of constraints.txt
 
 demo: setup ## train a small model on the CPU, score it and draw its attention
-	.venv/bin/python train.py experiment=demo overwrite=true
+	.venv/bin/python train.py experiment=demo run_name=strided overwrite=true
 	.venv/bin/python evaluate.py ckpt=experiments/demo/strided
 
 train: setup ## train a model, e.g. make train ARGS="model.attention=strided"

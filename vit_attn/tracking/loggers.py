@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from vit_attn.errors import UserError, unknown_name
+from vit_attn.errors import UserError, one_line, unknown_name
 
 log = logging.getLogger("vit_attn")
 
@@ -136,19 +136,18 @@ def wandb_logger(
 
     mode = wandb_mode(mode)
     identity = hashlib.sha256(f"{folder.parent.name}/{run_name}/{_birth(folder)}".encode()).hexdigest()[:12]
-    run = wandb.init(
-        name=run_name,
-        id=identity,
-        project=project,
-        entity=entity,
-        group=group,
-        tags=list(tags),
-        mode=mode,  # type: ignore[arg-type]  # checked by wandb_mode
-        dir=folder / "logs",
-        resume="allow",
-        reinit="finish_previous",
-        settings=wandb.Settings(console="off", init_timeout=60),
-    )
+    options: dict[str, Any] = {
+        **{"name": run_name, "id": identity, "project": project, "entity": entity, "group": group},
+        **{"tags": list(tags), "dir": folder / "logs", "resume": "allow", "reinit": "finish_previous"},
+        # Uncaught output: the log is in logs/train.log. The timeout bounds what an unreachable server costs.
+        "settings": wandb.Settings(console="off", init_timeout=30),
+    }
+    try:
+        run = wandb.init(**options, mode=mode)  # type: ignore[arg-type]  # checked by wandb_mode
+    except wandb.Error as error:
+        log.warning("W&B        cannot go online (%s): this run is logged offline", one_line(error)[:200])
+        wandb.teardown()  # the failed attempt still holds the run's id
+        run = wandb.init(**options, mode="offline")
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     return WandbLogger(experiment=run)
