@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 import torch
@@ -12,6 +13,9 @@ from vit_attn.explain.figures import attention_panel, mask_figure
 from vit_attn.explain.maps import patch_maps
 from vit_attn.explain.statistics import AttentionStatistics
 from vit_attn.explain.style import save_figure
+
+# Weights (B, H, N, N) that exist at a time: a quarter of a GiB in fp32, and a few copies of it while they are made.
+_MAX_ENTRIES = 2**26
 
 
 @dataclass
@@ -51,12 +55,11 @@ def default_layers(net: nn.Module) -> list[int]:
 
 
 @torch.no_grad()
-def look(net: nn.Module, normalize: nn.Module, images: Tensor, *, layers: Sequence[int], batch_size: int = 32) -> Look:
+def look(net: nn.Module, normalize: nn.Module, images: Tensor, *, layers: Sequence[int]) -> Look:
     """Run ``net`` over raw images (B, C, H, W), in evaluation mode and fp32, and watch its attention.
 
     Args:
         layers: indices of the layers whose maps are kept; numbers are of all.
-        batch_size: images at a time: weights are (batch_size, H, N, N) for one layer at a time.
     """
     device = next(net.parameters()).device
     has_class_token = bool(getattr(net, "has_class_token", False))
@@ -77,6 +80,8 @@ def look(net: nn.Module, normalize: nn.Module, images: Tensor, *, layers: Sequen
             )
             maps[layer].append(grid.cpu())
 
+    most = max(layer.num_heads * (layer.num_prefix_tokens + prod(layer.grid_size)) ** 2 for layer in seen.layers)
+    batch_size = max(1, min(32, _MAX_ENTRIES // most))
     training = net.training
     net.eval()
     try:

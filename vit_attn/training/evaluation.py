@@ -64,6 +64,9 @@ def evaluate(config: DictConfig, data_overrides: dict[str, Any]) -> dict[str, An
     Raises:
         UserError: a checkpoint or data that cannot be used.
     """
+    for key in ("attention_images", "picture_images"):
+        if isinstance(config[key], bool) or not isinstance(config[key], int) or config[key] < 1:
+            raise UserError(f"{key} must be a whole number of at least 1, not {config[key]!r}")
     path, results_folder = find_checkpoint(str(config.ckpt))
     checkpoint = load_checkpoint(path)
     saved: dict[str, Any] = checkpoint["vit_attn"]["config"]
