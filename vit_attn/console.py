@@ -11,6 +11,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from tqdm import tqdm
 
 from vit_attn.errors import UserError, one_line, unknown_name
 
@@ -53,13 +54,22 @@ def write_log_to(path: Path) -> None:
     log.addHandler(handler)
 
 
+class _ConsoleHandler(logging.Handler):
+    """Write lines above a progress bar, not into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
 def set_up() -> None:
     """Show our own lines on the first process, and quieten the libraries."""
     # Hydra then raises its errors to us instead of printing them at length.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.addHandler(handler)
+    if not any(isinstance(handler, _ConsoleHandler) for handler in log.handlers):
+        handler = _ConsoleHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
     log.setLevel(logging.INFO if is_first_process() else logging.ERROR)
     log.propagate = False
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
