@@ -101,6 +101,7 @@ def write_panels(
     images: Tensor,
     folder: Path,
     *,
+    count: int,
     note: str,
     suffix: str = "",
     captions: Sequence[str] | None = None,
@@ -108,17 +109,21 @@ def write_panels(
     """Draw a heatmap panel per layer with maps: folder/layer_00<suffix>.png.
 
     Args:
-        seen: maps of at least these images.
+        seen: maps of these images.
         images: (n, C, H, W) uint8.
+        count: how many of them are drawn, spread evenly.
         note: ends the title, such as "epoch 3".
         captions: a line for each image.
     """
-    pictures = images.permute(0, 2, 3, 1)  # (n, H, W, C)
+    count = min(count, len(images))
+    rows = [index * len(images) // count for index in range(count)]
+    pictures = images[rows].permute(0, 2, 3, 1)  # (count, H, W, C)
+    lines = None if captions is None else [captions[row] for row in rows]
     paths = {}
     for layer, maps in seen.maps.items():
         mechanism = next(owner.mechanism for owner in seen.layers if owner.layer == layer)
         title = f"layer {layer} · {mechanism} · {seen.query} · {note}"
-        figure = attention_panel(pictures, maps[: len(images)], title=title, captions=captions, max_images=len(images))
+        figure = attention_panel(pictures, maps[rows], title=title, captions=lines, max_images=count)
         paths[layer] = save_figure(figure, folder / f"layer_{layer:02d}{suffix}.png")
     return paths
 

@@ -112,7 +112,7 @@ class AttentionProbe(Callback):
         seen = look(pl_module.net, pl_module.normalize, images, layers=layers if draw else [])
         pl_module.log_dict(seen.metrics(), rank_zero_only=True)
         if draw:
-            shown = images[: self.picture_images]
-            paths = write_panels(seen, shown, self.folder, note=f"epoch {epoch}", suffix=f"_epoch_{epoch:04d}")
+            names = {"note": f"epoch {epoch}", "suffix": f"_epoch_{epoch:04d}"}
+            paths = write_panels(seen, images, self.folder, count=self.picture_images, **names)
             for layer, path in paths.items():
                 log_pictures(trainer.loggers, f"attention/layer_{layer:02d}", [path], step=trainer.global_step)

@@ -73,6 +73,10 @@ def evaluate(config: DictConfig, data_overrides: dict[str, Any]) -> dict[str, An
     trained_on: dict[str, Any] = checkpoint["vit_attn"]["data"]
     data = _load_data(config, saved, trained_on, data_overrides)
     module = _build_module(saved, trained_on, checkpoint["state_dict"])
+    layers = list(config.layers) if config.layers is not None else default_layers(module.net)
+    depth = len(attention_layers(module.net))
+    if any(not 0 <= layer < depth for layer in layers):
+        raise UserError(f"layers={layers}: the model has layers 0 to {depth - 1}")
     folder = Path(config.output).expanduser() if config.output else results_folder
     if config.get("data") is not None and not config.output:
         folder /= "other_data"  # what the run itself measured stays
@@ -104,18 +108,19 @@ def evaluate(config: DictConfig, data_overrides: dict[str, Any]) -> dict[str, An
         "environment": environment(),
     }
     images, labels = data.sample("test", config.attention_images)
-    layers = list(config.layers) if config.layers is not None else default_layers(module.net)
-    depth = len(attention_layers(module.net))
-    if any(not 0 <= layer < depth for layer in layers):
-        raise UserError(f"layers={layers}: the model has layers 0 to {depth - 1}")
     seen = look(module.net, module.normalize, images, layers=layers)
     results["attention_statistics"] = {str(layer): values for layer, values in seen.statistics.items()}
-    shown = images[: config.picture_images]
-    captions = [data.class_names[label] for label in labels[: config.picture_images].tolist()]
     title = f"{saved['run_name']} · {saved['model']['attention']} · test images"
-    pictures = list(
-        write_panels(seen, shown, folder / "attention", note="test images", suffix="_test", captions=captions).values()
+    panels = write_panels(
+        seen,
+        images,
+        folder / "attention",
+        count=config.picture_images,
+        note="test images",
+        suffix="_test",
+        captions=[data.class_names[label] for label in labels.tolist()],
     )
+    pictures = list(panels.values())
     pictures += write_masks(module.net, folder / "attention")
     pictures.append(
         save_figure(confusion_figure(test["confusion"], data.class_names, title=title), folder / "confusion.png")

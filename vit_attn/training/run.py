@@ -147,7 +147,8 @@ def _write_results(
     layers = list(probe.layers) if probe.layers is not None else default_layers(module.net)
     seen = look(module.net, module.normalize, images, layers=layers)
     results["attention_statistics"] = {str(layer): values for layer, values in seen.statistics.items()}
-    panels = write_panels(seen, images[: probe.picture_images], folder.attention, note=f"epoch {results['best_epoch']}")
+    note = f"epoch {results['best_epoch']}"
+    panels = write_panels(seen, images, folder.attention, count=probe.picture_images, note=note)
     masks = write_masks(module.net, folder.attention)
     update_json(folder.results / "metrics.json", results)
     for layer, path in panels.items():
