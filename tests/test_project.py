@@ -62,7 +62,7 @@ def test_make_alone_lists_every_target():
 def test_demo_trains_anew_and_evaluates_that_run():
     commands = make("-n", "demo").splitlines()
     assert commands[-2:] == [
-        ".venv/bin/python train.py experiment=demo overwrite=true",
+        ".venv/bin/python train.py experiment=demo run_name=strided overwrite=true",
         ".venv/bin/python evaluate.py ckpt=experiments/demo/strided",
     ]
 

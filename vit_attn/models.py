@@ -15,7 +15,7 @@ import torch
 from timm.layers import Attention as TimmAttention
 from timm.layers import build_sincos2d_pos_embed
 from timm.models import load_state_dict
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from vit_attn.attention import Attention, Mechanism, attention_layers, parse_attention
@@ -62,12 +62,17 @@ def create_vit(
     alphas: dict[str, Tensor] = {}
     if weights is not None:
         overlay, alphas = _read_weights(Path(weights))
+        if pos_embed == "none":
+            overlay["state_dict"].pop("pos_embed", None)
         timm_kwargs |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
     elif pretrained:
+        _refuse_unless_vit(name)
         _check_weights_reachable(name)
         timm_kwargs["pretrained"] = True
     model = _create_timm(name, timm_kwargs, weights)
     _check_swappable(name, model, mechanisms)
+    if weights is not None:
+        _check_complete(model, overlay["state_dict"], weights)
     _swap_attention(model, mechanisms)
     if alphas:
         _load_alphas(model, alphas)
@@ -111,7 +116,10 @@ def _check_weights_reachable(name: str) -> None:
         UserError: timm names no weights, or they are neither cached nor reachable.
     """
     advice = "give a local file by model.weights=<file>, or train from scratch with model.pretrained=false"
-    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
+    try:
+        cfg = timm.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
+    except RuntimeError as error:  # an unknown tag
+        raise UserError(f"model {name}: {one_line(error)}") from error
     if cfg is not None and not cfg.has_weights:
         raise UserError(f"model.pretrained: timm has no weights for {name}: {advice}")
     if cfg is None or not cfg.hf_hub_id or urllib.request.getproxies():
@@ -141,7 +149,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         state = load_state_dict(str(path), weights_only=True)
     except Exception as error:  # every kind of broken file raises its own kind of error
         why = "cannot be read, it is broken, cut short or no weights file"
-        if "weights_only" in str(error):
+        if "Unsupported global" in f"{error} {error.__cause__}":
             why = "refused, it holds more than tensors (it could run code)"
         raise UserError(f"model.weights={path}: {why}") from error
     if any(key.startswith(_CHECKPOINT_PREFIX) for key in state):
@@ -151,11 +159,27 @@ def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"model.weights={path}: holds no state dict of tensors")
     alphas = {key: state.pop(key) for key in [key for key in state if key.endswith(_ALPHA)]}
     overlay: dict[str, Any] = {"state_dict": state, "custom_load": False}
+    # timm drops the head where the classes differ from what its configuration says of the source.
     head = state.get("head.weight")
-    if head is not None:
-        # timm drops the head where the classes differ from what its configuration says of the source.
-        overlay["num_classes"] = head.shape[0]
+    overlay["num_classes"] = 0 if head is None else head.shape[0]
     return overlay, alphas
+
+
+def _check_complete(model: Any, state: dict[str, Tensor], weights: str | Path) -> None:
+    """Refuse what timm takes with a warning as soon as the number of classes differs: weights of another model.
+
+    Raises:
+        UserError: tensors of the file that found no place, or parameters that the file has nothing for.
+    """
+    filtered = checkpoint_filter_fn(dict(state), model, adapt_layer_scale=True)
+    strangers = sorted(set(model.state_dict()).symmetric_difference(filtered))
+    strangers = [key for key in strangers if not key.startswith(("head.", "head_dist."))]
+    # Another model.global_pool has its last norm elsewhere: it starts anew, as the head does.
+    if not all(key.startswith(("norm.", "fc_norm.")) for key in strangers):
+        raise UserError(
+            f"model.weights={weights}: does not fit the model: {len(strangers)} tensors are in one and not in the "
+            f"other, such as {', '.join(strangers[:3])}"
+        )
 
 
 def _load_alphas(model: nn.Module, alphas: dict[str, Tensor]) -> None:
@@ -167,8 +191,11 @@ def _load_alphas(model: nn.Module, alphas: dict[str, Tensor]) -> None:
 
 
 def _refuse_unless_vit(name: str) -> None:
+    """Refuse another family before its weights are fetched or its arguments are blamed."""
+    if not timm.is_model(name.split(".")[0]):
+        return  # _create_timm knows the nearest name
     with torch.device("meta"):
-        model = timm.create_model(name)
+        model = timm.create_model(name.split(".")[0])
     if not isinstance(model, VisionTransformer):
         _refuse(name, type(model).__name__ + " is not timm's VisionTransformer")
 
@@ -209,12 +236,20 @@ class _DynamicGrid:
     """The patch grid of the image at hand, for models whose ``dynamic_img_size`` lets it change by call."""
 
     def __init__(self, patch_embed: Any) -> None:
-        self.grid_size: tuple[int, int] = patch_embed.grid_size
+        self._patch_embed = patch_embed
+        self._nominal = self._seen = patch_embed.grid_size
         # A bound method, so that a deep copy of the model is hooked to the copy of this grid.
         patch_embed.register_forward_hook(self._read)
 
     def _read(self, module: nn.Module, args: Any, patches: Tensor) -> None:
-        self.grid_size = (patches.shape[1], patches.shape[2])  # (B, H, W, C): timm flattens these later
+        self._nominal = module.grid_size
+        self._seen = (patches.shape[1], patches.shape[2])  # (B, H, W, C): timm flattens these later
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """That of the last image, or of ``set_input_size`` where it came later."""
+        nominal = self._patch_embed.grid_size
+        return self._seen if nominal == self._nominal else nominal
 
 
 def _swap_attention(model: Any, mechanisms: list[Mechanism]) -> None:

@@ -160,6 +160,8 @@ def attention(
         raise ValueError(f"a pattern over {pattern.size} tokens met {q.shape[-2]} queries, {k.shape[-2]} keys")
     if normalizer == "entmax":
         if isinstance(alpha, Tensor):
+            if alpha.numel() not in (1, q.shape[1]):
+                raise ValueError(f"alpha has {alpha.numel()} values for {q.shape[1]} heads")
             alpha = alpha.reshape(-1, 1, 1)  # (H, 1, 1)
         else:
             check_alpha(alpha)

@@ -34,7 +34,8 @@ def _lay(mechanism: Mechanism, num_prefix_tokens: int, grid_size: tuple[int, int
 class HasGrid(Protocol):
     """What tells the patch grid's (height, width) as it is now: timm's ``PatchEmbed``."""
 
-    grid_size: tuple[int, int]
+    @property
+    def grid_size(self) -> tuple[int, int]: ...
 
 
 class Attention(nn.Module):
@@ -186,10 +187,11 @@ def observe_attention(model: nn.Module, observer: Observer, layers: list[int] | 
         layers: indices of the layers to watch; default all.
     """
     watched = [layer for layer in attention_layers(model) if layers is None or layer.layer in layers]
+    before = [layer.observer for layer in watched]
     for layer in watched:
         layer.observer = observer
     try:
         yield
     finally:
-        for layer in watched:
-            layer.observer = None
+        for layer, previous in zip(watched, before, strict=True):
+            layer.observer = previous

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vit_attn.attention.names import unknown_name
 
@@ -83,6 +84,7 @@ class _Entmax(torch.autograd.Function):
         return p.to(scores.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         p, *rest = ctx.saved_tensors
         alpha = rest[0] if rest else ctx.alpha
