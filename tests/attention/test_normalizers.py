@@ -54,6 +54,13 @@ every_normalizer = pytest.mark.parametrize(("normalizer", "expected"), NORMALIZE
 
 
 @every_normalizer
+def test_many_close_scores_keep_their_relative_precision_in_fp32(normalizer, expected):
+    scores = 1e-5 * draw(8, 4096).float()  # weights near 1/4096: an absolute error of 1e-7 would be 4e-4 of them
+    weights = normalizer(scores).double()
+    torch.testing.assert_close(weights, expected(scores.double(), dim=-1), atol=0, rtol=1e-5)
+
+
+@every_normalizer
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_weights_equal_the_entmax_package(normalizer, expected, rows):
     torch.testing.assert_close(normalizer(rows), expected(rows, dim=-1), atol=1e-9, rtol=0)

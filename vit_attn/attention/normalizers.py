@@ -4,9 +4,9 @@
 α → 1 is softmax, α = 1.5 entmax15, α = 2 sparsemax (Martins & Astudillo, 2016, arXiv:1602.02068). The lower end
 of a row gets exact zeros as soon as α > 1.
 
-No sort: with z = (α-1)(x - max x) and τ = t - 1, the norm ‖[1 + z - t]₊‖_β is convex and falls in t, so Newton's
-method on it from t = 0 climbs to the root without ever passing it. It is one exact step where all scores tie,
-Michelot's algorithm for α = 2, and a handful of rounds otherwise.
+No sort: with z = (α-1)(x - max x) and w = (α-1) max x - τ, the norm ‖[z + w]₊‖_β is convex in w and rises with it, so
+Newton's method on it from w = 1, where it is at least 1, comes down to the root without ever passing it. It is one
+exact step where all scores tie, Michelot's algorithm for α = 2, and a handful of rounds otherwise.
 
 The arithmetic is fp32 (fp64 for fp64 scores) whatever autocast says; the weights come back in the scores' dtype.
 A score of -inf is a forbidden entry: its weight and its gradient are exactly 0.
@@ -23,8 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from vit_attn.attention.names import unknown_name
 
-# Newton climbs to the root in 5 to 15 rounds. The limit is for rows whose sum rounding keeps above tolerance.
-_MAX_ROUNDS = 60
+# Newton needs 2 to 15 rounds; the limit is for rows whose sum rounding keeps above the tolerance.
+_MAX_ROUNDS = 30
 
 
 def _working_dtype(scores: Tensor) -> torch.dtype:
@@ -46,25 +46,25 @@ def _powers(u: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _solve(z: Tensor, beta: float | Tensor) -> Tensor:
-    """Weights [1 + z - t]₊^β with the t that makes the rows of the last dimension sum to 1.
+    """Weights [z + w]₊^β with the w that makes the rows of the last dimension sum to 1.
 
     Args:
         z: (α-1) times the scores, shifted so that each row's largest is 0; -inf is forbidden.
         beta: 1/(α-1), a number or broadcastable to the rows.
     """
-    t = torch.zeros_like(z[..., :1])
+    # w itself, and not 1 - w: it is small where many scores are close, and a small number has fine steps.
+    w = torch.ones_like(z[..., :1])
     tolerance = 32 * torch.finfo(z.dtype).eps
-    base = 1 + z
     for _ in range(_MAX_ROUNDS):
-        p, slope = _powers((base - t).clamp_min(0), beta)
+        p, slope = _powers((z + w).clamp_min(0), beta)
         total = p.sum(-1, keepdim=True)
-        # Rows at the root stop moving: rounding must not push them over it.
-        excess = total - 1
-        if not (excess > tolerance).any():
+        # Below 1 only by the rounding of a large step: from there Newton returns too.
+        away = (total - 1).abs() > tolerance
+        if not away.any():
             break
         # Newton on ‖u‖_β - 1; Σp - (Σp)^(1-1/β) = Σp·(1 - Σp^(-1/β)), written so that it is exact near Σp = 1.
-        step = -total * torch.expm1(-total.log() / beta) / slope.sum(-1, keepdim=True)
-        t = t + torch.where(excess > tolerance, step, 0)
+        step = total * torch.expm1(-total.log() / beta) / slope.sum(-1, keepdim=True)
+        w = w + torch.where(away, step, 0)
     return p / total
 
 
