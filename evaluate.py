@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from vit_attn.config import plain
 from vit_attn.console import run_command
-from vit_attn.errors import UserError
+from vit_attn.errors import UserError, one_line
 from vit_attn.training.evaluation import evaluate
 
 
@@ -30,9 +33,14 @@ def main() -> None:
         # Without a data set of its own, the command line changes the one that the checkpoint names.
         changes = [argument for argument in overrides if argument.startswith("data.")]
         overrides = [argument for argument in overrides if argument not in changes]
-        nested = OmegaConf.to_container(OmegaConf.from_dotlist(changes))
-        assert isinstance(nested, dict)
-        own_data = nested.get("data", {})
+        nested = OmegaConf.create({"data": {}})
+        for change in changes:
+            try:
+                override = OverridesParser.create().parse_override(change)
+            except HydraException as error:
+                raise UserError(f"{change}: {one_line(error)}") from error
+            OmegaConf.update(nested, override.key_or_group, override.value())
+        own_data = plain(nested.data)
     with initialize_config_dir(str(Path(__file__).parent.absolute() / "conf"), version_base="1.3"):
         config = compose("evaluate", overrides)
     if OmegaConf.is_missing(config, "ckpt"):

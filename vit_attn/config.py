@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 # Keys that say where and with what a run is computed, not what it computes.
 _PLACE = (
-    *("hydra", "experiments_dir", "experiment_name", "run_name", "overwrite", "test", "logger", "callbacks"),
+    *("hydra", "experiments_dir", "experiment_name", "run_name", "overwrite", "test", "logger"),
+    *("callbacks.attention_probe", "callbacks.checkpoint_every_n_steps"),
     *("trainer.accelerator", "trainer.enable_progress_bar", "trainer.log_every_n_steps"),
     *("data.root", "data.num_workers", "data.cache_budget", "data.progress", "data.eval_batch_size"),
     *("data.check_images",),
@@ -20,6 +22,10 @@ _MAY_CHANGE = (
     *("trainer.max_epochs", "trainer.max_steps", "trainer.max_time"),
     *("trainer.devices", "trainer.num_nodes", "trainer.strategy"),
 )
+
+_SECRET = re.compile(r"(api_?key|token|secret|password|passwd|credential)s?$", re.IGNORECASE)
+_TOKENS = ("class_token", "reg_tokens")  # of a Vision Transformer
+_HIDDEN = "<hidden>"
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -52,8 +58,20 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [
         f"{key}: {before.get(key)} → {after.get(key)}"
         for key in sorted({*before, *after} - set(_MAY_CHANGE))
-        if before.get(key) != after.get(key)
+        if before.get(key) != after.get(key) and before.get(key) != _HIDDEN
     ]
+
+
+def without_secrets(config: Any, key: str = "") -> Any:
+    """Copy plain containers; what is under a secret's name, or holds a secret of the environment, is hidden."""
+    if isinstance(config, Mapping):
+        return {name: without_secrets(value, str(name)) for name, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [without_secrets(value, key) for value in config]
+    if _SECRET.search(key) and key not in _TOKENS and config not in (None, ""):
+        return _HIDDEN
+    secrets = {value for name, value in os.environ.items() if _SECRET.search(name) and len(value) >= 8}
+    return _HIDDEN if isinstance(config, str) and any(secret in config for secret in secrets) else config
 
 
 def default_run_name(*, _root_: DictConfig) -> str:

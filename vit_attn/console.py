@@ -105,6 +105,15 @@ def run_command(command: Callable[[], object]) -> int:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return _interrupted()
+    except SystemExit as ended:
+        # Lightning takes a KeyboardInterrupt for itself and leaves with status 1.
+        if isinstance(ended.__context__, KeyboardInterrupt):
+            return _interrupted()
+        raise
     return 0
+
+
+def _interrupted() -> int:
+    print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+    return 130

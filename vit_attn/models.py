@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vit_attn.attention import Attention, Mechanism, attention_layers, parse_attention
 from vit_attn.errors import UserError, one_line, unknown_name, user_errors
 
+POOLS = ("token", "avg", "avgmax", "max", "map", "prr")
 POS_EMBEDS = ("learn", "sinusoidal", "none")
 # Written by Lightning in front of the network's own keys (vit_attn.training.module.Classifier.net).
 _CHECKPOINT_PREFIX = "net."
@@ -57,6 +58,9 @@ def create_vit(
         raise UserError(unknown_name("model.pos_embed", pos_embed, POS_EMBEDS))
     if pos_embed == "none":
         timm_kwargs["pos_embed"] = "none"
+    pool = timm_kwargs.get("global_pool", "")
+    if pool and pool not in POOLS:
+        raise UserError(unknown_name("model.global_pool", pool, POOLS))
     if weights is not None and pretrained:
         raise UserError("model.weights and model.pretrained=true exclude each other: choose one")
     alphas: dict[str, Tensor] = {}
@@ -149,7 +153,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         state = load_state_dict(str(path), weights_only=True)
     except Exception as error:  # every kind of broken file raises its own kind of error
         why = "cannot be read, it is broken, cut short or no weights file"
-        if "Unsupported global" in f"{error} {error.__cause__}":
+        if "unsupported global" in f"{error} {error.__cause__}".lower():
             why = "refused, it holds more than tensors (it could run code)"
         raise UserError(f"model.weights={path}: {why}") from error
     if any(key.startswith(_CHECKPOINT_PREFIX) for key in state):

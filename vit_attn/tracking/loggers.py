@@ -5,9 +5,8 @@ import hashlib
 import logging
 import netrc
 import os
-import re
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,8 +18,6 @@ from torch import Tensor
 from vit_attn.errors import UserError, one_line, unknown_name
 
 log = logging.getLogger("vit_attn")
-
-_SECRET = re.compile(r"(api_?key|token|secret|password|passwd|credential)s?$", re.IGNORECASE)
 
 
 class CsvLogger(Logger):
@@ -77,19 +74,6 @@ class CsvLogger(Logger):
     def finalize(self, status: str) -> None:
         """Write what is left."""
         self.save()
-
-
-def without_secrets(config: Any, key: str = "") -> Any:
-    """Copy plain containers with every value under a secret's name, or equal to a secret in the environment, hidden."""
-    if isinstance(config, Mapping):
-        return {name: without_secrets(value, str(name)) for name, value in config.items()}
-    if isinstance(config, (list, tuple)):
-        return [without_secrets(value, key) for value in config]
-    secrets = {value for name, value in os.environ.items() if _SECRET.search(name) and len(value) >= 8}
-    named = _SECRET.search(key) is not None and config not in (None, "")
-    if named or (isinstance(config, str) and any(secret in config for secret in secrets)):
-        return "<hidden>"
-    return config
 
 
 def wandb_mode(mode: str | None = None) -> str:

@@ -10,12 +10,12 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from vit_attn.config import plain
+from vit_attn.config import plain, without_secrets
 from vit_attn.console import is_first_process, shows_progress_bar
 from vit_attn.data import ImageData
 from vit_attn.errors import UserError, one_line
 from vit_attn.models import create_vit
-from vit_attn.tracking.loggers import CsvLogger, without_secrets
+from vit_attn.tracking.loggers import CsvLogger
 from vit_attn.training.callbacks import EpochLines, Throughput
 from vit_attn.training.folder import RunFolder
 
@@ -34,6 +34,8 @@ def build_net(model: dict[str, Any], *, num_classes: int, image_size: int) -> nn
     options = {str(key): value for key, value in model.items() if value is not None}
     if "patch_size" not in options and image_size <= _SMALL_IMAGE:
         options["patch_size"] = _SMALL_PATCH
+    if isinstance(options.get("patch_size"), int) and options["patch_size"] > image_size:
+        raise UserError(f"model.patch_size={options['patch_size']} is larger than the images, of {image_size} pixels")
     return create_vit(options.pop("name"), num_classes=num_classes, img_size=image_size, **options)
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
 
 from vit_attn.attention import attention_layers
 from vit_attn.errors import UserError
@@ -35,7 +37,6 @@ class Throughput(Callback):
         if (batch_idx + 1) % every == 0 or trainer.is_last_batch:
             now = time.perf_counter()
             pl_module.log("speed/images_per_second", self.images / (now - self.since), prog_bar=True)
-            pl_module.log("train/lr", trainer.optimizers[0].param_groups[0]["lr"])
             self.images, self.since = 0, now
 
 
@@ -93,8 +94,13 @@ class AttentionProbe(Callback):
         self.layers = None if layers is None else list(layers)
         self.folder = Path(folder)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        depth = len(attention_layers(pl_module))
+    def check_layers(self, net: nn.Module) -> None:
+        """Refuse layers that ``net`` does not have.
+
+        Raises:
+            UserError: naming the first of them.
+        """
+        depth = len(attention_layers(net))
         wrong = [layer for layer in self.layers or [] if not 0 <= layer < depth]
         if wrong:
             raise UserError(f"callbacks.attention_probe.layers: there is no layer {wrong[0]} in 0 … {depth - 1}")
@@ -105,7 +111,8 @@ class AttentionProbe(Callback):
         assert isinstance(pl_module, Classifier)
         epoch = trainer.current_epoch + 1
         draw = epoch % self.pictures_every == 0
-        if trainer.sanity_checking or not (draw or epoch % self.every == 0):
+        # After the fit, the best weights are validated once more: that is no epoch.
+        if trainer.state.fn != TrainerFn.FITTING or not (draw or epoch % self.every == 0):
             return
         images, _ = trainer.datamodule.sample("val", self.num_images)  # type: ignore[attr-defined]
         layers = self.layers if self.layers is not None else default_layers(pl_module.net)

@@ -1,24 +1,60 @@
 """What can be known to be wrong before data are read or a folder is made."""
 
+import inspect
 import logging
 
+import hydra.utils
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from vit_attn.attention import parse_attention
 from vit_attn.config import plain
-from vit_attn.errors import UserError, user_errors
+from vit_attn.errors import UserError, one_line, unknown_name, user_errors
+from vit_attn.tracking.loggers import wandb_mode
 from vit_attn.training.build import build_callbacks, build_loss, instantiate
 
 log = logging.getLogger("vit_attn")
 
-# Libraries take a word for a number here until they compute with it.
-_NUMBERS = (
-    *("trainer.max_epochs", "trainer.max_steps", "trainer.log_every_n_steps", "trainer.accumulate_grad_batches"),
-    *("trainer.gradient_clip_val", "trainer.check_val_every_n_epoch", "trainer.num_nodes"),
-    *("optimizer.lr", "optimizer.weight_decay", "optimizer.eps"),
-    *("callbacks.ema.decay", "callbacks.early_stopping.patience", "callbacks.checkpoint_every_n_steps"),
-)
+# Libraries take a word, or a number without a meaning, until they compute with it: the least value of each.
+_WHOLE = {
+    **{"trainer.max_epochs": -1, "trainer.max_steps": -1, "trainer.log_every_n_steps": 1, "trainer.num_nodes": 1},
+    **{"trainer.accumulate_grad_batches": 1, "trainer.check_val_every_n_epoch": 1},
+    **{"callbacks.early_stopping.patience": 0, "callbacks.checkpoint_every_n_steps": 1},
+    **{"model.embed_dim": 1, "model.depth": 1, "model.num_heads": 1, "model.reg_tokens": 0},
+}
+_NUMBERS = {
+    **{"trainer.gradient_clip_val": 0, "optimizer.lr": 0, "optimizer.weight_decay": 0, "optimizer.eps": 0},
+    **{"callbacks.ema.decay": 0, "model.mlp_ratio": 0, "model.drop_rate": 0, "model.proj_drop_rate": 0},
+    **{"model.attn_drop_rate": 0, "model.drop_path_rate": 0},
+}
+_MONITORS = ("val/acc", "val/loss", "train/acc", "train/loss")
+_SCHEDULE = ("warmup", "final_lr")
+
+
+def _check_numbers(config: DictConfig) -> None:
+    for key, least in {**_WHOLE, **_NUMBERS}.items():
+        value = OmegaConf.select(config, key)
+        kinds = int if key in _WHOLE else (int, float)
+        if value is None or (isinstance(value, kinds) and not isinstance(value, bool) and value >= least):
+            continue
+        kind = "whole number" if key in _WHOLE else "number"
+        raise UserError(f"{key} must be a {kind} of at least {least}, not {value!r}")
+    patch = config.model.patch_size
+    if patch is not None and (isinstance(patch, bool) or not isinstance(patch, int) or patch < 1):
+        raise UserError(f"model.patch_size must be a whole number of at least 1, not {patch!r}")
+
+
+def _check_logger(config: DictConfig) -> None:
+    target = config.logger.get("_target_")
+    if not target:
+        return
+    options = {str(key): value for key, value in config.logger.items() if key != "_target_"}
+    try:
+        inspect.signature(hydra.utils.get_method(target)).bind(folder=None, run_name="", **options)
+    except (TypeError, ImportError, ValueError) as error:
+        raise UserError(f"logger: {one_line(error)}") from error
+    if "mode" in options:
+        wandb_mode(options["mode"])
 
 
 def check_config(config: DictConfig) -> None:
@@ -33,20 +69,23 @@ def check_config(config: DictConfig) -> None:
     unused = set.intersection(*(mechanism.unused_options() for mechanism in mechanisms))
     for name in sorted(unused):
         log.info("note: model.attention_options.%s has no use in model.attention=%s", name, config.model.attention)
-    for key in _NUMBERS:
-        value = OmegaConf.select(config, key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise UserError(f"{key} must be a number, not {value!r}")
+    _check_numbers(config)
+    _check_logger(config)
     if config.trainer.max_epochs in (None, -1) and config.trainer.max_steps in (None, -1):
         raise UserError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
     schedule = config.lr_schedule
     for key, value in schedule.items():
+        if key not in _SCHEDULE:
+            raise UserError(unknown_name("key", f"lr_schedule.{key}", [f"lr_schedule.{name}" for name in _SCHEDULE]))
         if not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise UserError(f"lr_schedule.{key} is a share, from 0 to 1, not {value!r}")
     if isinstance(config.seed, bool) or not isinstance(config.seed, int) or config.seed < 0:
         raise UserError(f"seed must be a whole number of at least 0, not {config.seed!r}")
     if config.trainer.precision == "16-mixed" and _on_cpu(config):
         log.info("note: on a CPU, Lightning runs trainer.precision=16-mixed as bf16-mixed")
+    stopping = config.callbacks.early_stopping
+    if stopping.enabled and stopping.monitor not in _MONITORS:
+        raise UserError(unknown_name("callbacks.early_stopping.monitor", stopping.monitor, _MONITORS))
     build_loss(config.loss)
     build_callbacks(config, None)
     if config.trainer.accelerator == "gpu" and not torch.cuda.is_available():

@@ -67,6 +67,8 @@ def evaluate(config: DictConfig, data_overrides: dict[str, Any]) -> dict[str, An
     for key in ("attention_images", "picture_images"):
         if isinstance(config[key], bool) or not isinstance(config[key], int) or config[key] < 1:
             raise UserError(f"{key} must be a whole number of at least 1, not {config[key]!r}")
+    if config.layers is not None and not all(isinstance(layer, int) for layer in config.layers):
+        raise UserError(f"layers must be a list of layer numbers, such as [0,3], not {config.layers!r}")
     path, results_folder = find_checkpoint(str(config.ckpt))
     checkpoint = load_checkpoint(path)
     saved: dict[str, Any] = checkpoint["vit_attn"]["config"]

@@ -10,10 +10,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from vit_attn.config import differences, plain
+from vit_attn.config import differences, plain, without_secrets
 from vit_attn.console import write_log_to
 from vit_attn.errors import UserError, one_line
-from vit_attn.tracking.loggers import without_secrets
 
 
 class RunFolder:
@@ -89,7 +88,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # every kind of broken file raises its own kind of error
-        if "weights_only" in str(error) or "Weights only load failed" in str(error):
+        if "unsupported global" in str(error).lower():
             raise UserError(f"checkpoint {path}: refused, it holds more than plain data (it could run code)") from error
         raise UserError(f"checkpoint {path}: cannot be read, it is broken, cut short or no checkpoint") from error
     if not isinstance(checkpoint, dict) or not {"vit_attn", "state_dict"} <= checkpoint.keys():

@@ -123,6 +123,7 @@ class Classifier(LightningModule):
         loss = self.criterion(logits, targets)
         classes = targets if targets.dim() == 1 else targets.argmax(1)
         self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         self.log("train/acc", (logits.detach().argmax(1) == classes).float().mean())
         return loss
 

@@ -8,13 +8,14 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from vit_attn.config import plain
+from vit_attn.config import plain, without_secrets
 from vit_attn.cost import environment, model_cost
 from vit_attn.data import ImageData
 from vit_attn.errors import user_errors
 from vit_attn.explain.probe import default_layers, look, write_masks, write_panels
-from vit_attn.tracking.loggers import log_pictures, without_secrets
-from vit_attn.training.build import build_data, build_loss, build_net, build_trainer
+from vit_attn.tracking.loggers import log_pictures
+from vit_attn.training.build import build_callbacks, build_data, build_loss, build_net, build_trainer
+from vit_attn.training.callbacks import AttentionProbe
 from vit_attn.training.check import check_config
 from vit_attn.training.folder import RunFolder, load_checkpoint, update_json
 from vit_attn.training.module import Classifier, build_optimizer
@@ -40,7 +41,11 @@ def train(config: DictConfig) -> dict[str, Any]:
     seed_everything(config.seed, verbose=False)
     # Nulls of the configuration mean "as timm has it", so the plain dictionary goes to timm, not OmegaConf.
     net = build_net(plain(config.model), num_classes=data.num_classes, image_size=data.image_size)
-    build_optimizer(net, config.optimizer)  # Lightning makes it once training begins: a wrong argument is found here
+    # Lightning makes and asks these once training begins: what is wrong is found here.
+    build_optimizer(net, config.optimizer)
+    for callback in build_callbacks(config, None):
+        if isinstance(callback, AttentionProbe):
+            callback.check_layers(net)
     # Before anything is written: a torn checkpoint must not cost the logs.
     resumed = load_checkpoint(folder.last) if folder.resumable and not config.overwrite else None
     folder.create(config)

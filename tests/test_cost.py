@@ -1,0 +1,83 @@
+"""Cost against torch's own counter and against sums worked out by hand."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vit_attn.cost import environment, model_cost
+from vit_attn.models import create_vit
+
+DIM, DEPTH, HIDDEN, CLASSES, PATCH, SIDE = 32, 2, 128, 10, 4, 32
+GRID = (SIDE // PATCH) ** 2  # 64 patches
+TOKENS = GRID + 1
+
+
+def tiny(attention, **kwargs):
+    sizes = {"img_size": SIDE, "patch_size": PATCH, "num_classes": CLASSES}
+    return create_vit(
+        "vit_tiny_patch16_224", attention=attention, embed_dim=DIM, depth=DEPTH, num_heads=2, **sizes, **kwargs
+    )
+
+
+def flops_by_hand(attention_share=1.0):
+    """Two operations per multiplication and addition, layer by layer; norms, activations and sums are not counted."""
+    embed = 2 * GRID * 3 * PATCH**2 * DIM
+    linear = 2 * TOKENS * DIM * (3 * DIM + DIM + 2 * HIDDEN)  # qkv, proj, and both of the MLP
+    products = 2 * (2 * TOKENS**2 * DIM)  # q kᵀ and weights v
+    return embed + DEPTH * (linear + products * attention_share) + 2 * DIM * CLASSES
+
+
+@pytest.mark.parametrize("attention", ["softmax", "entmax15", "strided", "sparsemax+fixed", ["strided", "full"]])
+def test_flops_are_those_of_the_dense_computation_by_counter_and_by_hand(attention):
+    net = tiny(attention)
+    with FlopCounterMode(display=False) as counter:
+        tiny(attention, attention_options={"implementation": "dense"})(torch.rand(1, 3, SIDE, SIDE))
+    cost = model_cost(net, SIDE)
+    assert cost["flops"] == counter.get_total_flops() == flops_by_hand()
+    assert cost["attention_flops"] == DEPTH * 4 * TOKENS**2 * DIM
+    assert cost["parameters"] == sum(parameter.numel() for parameter in net.parameters())
+
+
+def allowed_by_hand():
+    """Entries of `strided` on an 8 x 8 grid behind a class token: query i sees itself, 8 before, and its column."""
+    count = 2 * TOKENS - 1  # the class token's row and column
+    for i in range(GRID):
+        count += sum(1 for j in range(i + 1) if i - j <= 8 or (i - j) % 8 == 0)
+    return count
+
+
+def test_flops_by_entries_count_the_allowed_entries_alone():
+    cost = model_cost(tiny("strided"), SIDE)
+    allowed = allowed_by_hand()
+    assert cost["entries"] == [allowed, allowed]
+    assert cost["sparsity"] == pytest.approx([1 - allowed / TOKENS**2] * 2)
+    assert cost["flops_by_entries"] == round(flops_by_hand(allowed / TOKENS**2))
+
+
+def test_flops_by_entries_of_full_attention_are_all_flops():
+    cost = model_cost(tiny("entmax15"), SIDE)
+    assert (cost["entries"], cost["sparsity"]) == ([TOKENS**2] * 2, [0.0, 0.0])
+    assert cost["flops_by_entries"] == cost["flops"]
+
+
+def test_layers_are_named_one_by_one_with_what_computes_them():
+    assert model_cost(tiny(["entmax+strided", "full"]), SIDE)["layers"] == [
+        "entmax+strided (dense)",
+        "softmax+full (fused)",
+    ]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_counting_leaves_the_model_as_it_was(training):
+    net = tiny("softmax", drop_rate=0.5).train(training)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    model_cost(net, SIDE)
+    assert net.training is training
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_environment_names_versions_and_machine():
+    seen = environment()
+    assert seen["torch"] == torch.__version__.split("+")[0] or seen["torch"] == torch.__version__
+    assert {"python", "platform", "cpu_count", "gpus", "lightning", "timm", "vit_attn"} <= seen.keys()
