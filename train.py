@@ -6,9 +6,11 @@ python train.py experiment=demo                            # a minute on a CPU, 
 python train.py -m model.attention=softmax,entmax,strided seed=1,2
 """
 
+import os
 import sys
 
 import hydra
+import torch.distributed
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -24,11 +26,18 @@ def job(config: DictConfig) -> None:
     """Run one configuration; a multirun calls this for each."""
     # Lightning starts the other processes of a run by repeating the command line: give it that of this job alone.
     sys.argv = [sys.argv[0], *HydraConfig.get().overrides.task]
+    environment = dict(os.environ)
     try:
         train(config)
     except UserError as error:
         # Not through Hydra, which adds lines of its own; and the other jobs of a multirun go on.
         mistakes.append(error)
+    finally:
+        # Lightning leaves its process group, and the variables that say it has been launched, to the next job.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 def main() -> None:

@@ -192,6 +192,8 @@ def tracked(train_in, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tracked")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_API_KEY", SECRET)
+        # W&B keeps the command line too.
+        patch.setattr(sys, "argv", ["train.py", f"+note=key-{SECRET}", "+api_key=mine-77"])
         return [
             train_in(
                 folder, *WANDB, f"run_name={name}", f"optimizer.lr={rate}", f"+note=key-{SECRET}", "+api_key=mine-77"

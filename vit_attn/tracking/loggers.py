@@ -5,8 +5,10 @@ import hashlib
 import logging
 import netrc
 import os
+import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,6 +17,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from vit_attn.config import without_secrets
 from vit_attn.errors import UserError, one_line, unknown_name
 
 log = logging.getLogger("vit_attn")
@@ -126,15 +129,31 @@ def wandb_logger(
         # Uncaught output: the log is in logs/train.log. The timeout bounds what an unreachable server costs.
         "settings": wandb.Settings(console="off", init_timeout=30),
     }
-    try:
-        run = wandb.init(**options, mode=mode)  # type: ignore[arg-type]  # checked by wandb_mode
-    except wandb.Error as error:
-        log.warning("W&B        cannot go online (%s): this run is logged offline", one_line(error)[:200])
-        wandb.teardown()  # the failed attempt still holds the run's id
-        run = wandb.init(**options, mode="offline")
+    with _command_line_without_secrets():
+        try:
+            run = wandb.init(**options, mode=mode)  # type: ignore[arg-type]  # checked by wandb_mode
+        except wandb.Error as error:
+            log.warning("W&B        cannot go online (%s): this run is logged offline", one_line(error)[:200])
+            wandb.teardown()  # the failed attempt still holds the run's id
+            run = wandb.init(**options, mode="offline")
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     return WandbLogger(experiment=run)
+
+
+@contextmanager
+def _command_line_without_secrets() -> Iterator[None]:
+    """W&B records sys.argv: let it see what config.yaml shows."""
+    argv = sys.argv
+    shown = []
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        shown.append(f"{key}{equals}{without_secrets(value, key.lstrip('+~').rpartition('.')[2])}")
+    sys.argv = shown
+    try:
+        yield
+    finally:
+        sys.argv = argv
 
 
 def _birth(folder: Path) -> str:
