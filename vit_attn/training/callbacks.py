@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from vit_attn.attention import attention_layers
+from vit_attn.data.checks import whole
 from vit_attn.errors import UserError
 from vit_attn.explain.probe import default_layers, look, write_panels
 from vit_attn.tracking.loggers import log_pictures
@@ -87,8 +88,7 @@ class AttentionProbe(Callback):
             "picture_images": picture_images,
         }
         for name, value in counts.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"callbacks.attention_probe.{name} must be a whole number of at least 1, not {value!r}")
+            whole(name, value, least=1, prefix="callbacks.attention_probe.")
         self.num_images, self.picture_images = num_images, min(picture_images, num_images)
         self.every, self.pictures_every = every_n_epochs, pictures_every_n_epochs
         self.layers = None if layers is None else list(layers)

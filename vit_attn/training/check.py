@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vit_attn.attention import parse_attention
 from vit_attn.config import plain
+from vit_attn.data.checks import whole
 from vit_attn.errors import UserError, one_line, unknown_name, user_errors
 from vit_attn.tracking.loggers import wandb_mode
 from vit_attn.training.build import build_callbacks, build_loss, instantiate
@@ -20,7 +21,8 @@ _WHOLE = {
     **{"trainer.max_epochs": -1, "trainer.max_steps": -1, "trainer.log_every_n_steps": 1, "trainer.num_nodes": 1},
     **{"trainer.accumulate_grad_batches": 1, "trainer.check_val_every_n_epoch": 1},
     **{"callbacks.early_stopping.patience": 0, "callbacks.checkpoint_every_n_steps": 1},
-    **{"model.embed_dim": 1, "model.depth": 1, "model.num_heads": 1, "model.reg_tokens": 0},
+    **{"model.embed_dim": 1, "model.depth": 1, "model.num_heads": 1, "model.patch_size": 1},
+    **{"model.reg_tokens": 0},
 }
 _NUMBERS = {
     **{"trainer.gradient_clip_val": 0, "optimizer.lr": 0, "optimizer.weight_decay": 0, "optimizer.eps": 0},
@@ -39,9 +41,6 @@ def _check_numbers(config: DictConfig) -> None:
             continue
         kind = "whole number" if key in _WHOLE else "number"
         raise UserError(f"{key} must be a {kind} of at least {least}, not {value!r}")
-    patch = config.model.patch_size
-    if patch is not None and (isinstance(patch, bool) or not isinstance(patch, int) or patch < 1):
-        raise UserError(f"model.patch_size must be a whole number of at least 1, not {patch!r}")
 
 
 def _check_logger(config: DictConfig) -> None:
@@ -79,8 +78,7 @@ def check_config(config: DictConfig) -> None:
             raise UserError(unknown_name("key", f"lr_schedule.{key}", [f"lr_schedule.{name}" for name in _SCHEDULE]))
         if not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise UserError(f"lr_schedule.{key} is a share, from 0 to 1, not {value!r}")
-    if isinstance(config.seed, bool) or not isinstance(config.seed, int) or config.seed < 0:
-        raise UserError(f"seed must be a whole number of at least 0, not {config.seed!r}")
+    whole("seed", config.seed, least=0, prefix="")
     if config.trainer.precision == "16-mixed" and _on_cpu(config):
         log.info("note: on a CPU, Lightning runs trainer.precision=16-mixed as bf16-mixed")
     stopping = config.callbacks.early_stopping

@@ -17,6 +17,7 @@ from vit_attn.config import plain
 from vit_attn.console import shows_progress_bar
 from vit_attn.cost import environment, model_cost
 from vit_attn.data import ImageData, Normalize
+from vit_attn.data.checks import whole
 from vit_attn.errors import UserError, one_line, unknown_name, user_errors
 from vit_attn.explain.figures import confusion_figure, reliability_figure
 from vit_attn.explain.probe import default_layers, look, write_masks, write_panels
@@ -65,8 +66,7 @@ def evaluate(config: DictConfig, data_overrides: dict[str, Any]) -> dict[str, An
         UserError: a checkpoint or data that cannot be used.
     """
     for key in ("attention_images", "picture_images"):
-        if isinstance(config[key], bool) or not isinstance(config[key], int) or config[key] < 1:
-            raise UserError(f"{key} must be a whole number of at least 1, not {config[key]!r}")
+        whole(key, config[key], least=1, prefix="")
     if config.layers is not None and not all(isinstance(layer, int) for layer in config.layers):
         raise UserError(f"layers must be a list of layer numbers, such as [0,3], not {config.layers!r}")
     path, results_folder = find_checkpoint(str(config.ckpt))

@@ -71,13 +71,9 @@ def train(config: DictConfig) -> dict[str, Any]:
     trainer.fit(module, datamodule=data, ckpt_path=folder.last if resumed is not None else None, weights_only=True)
     results = _score(trainer, module, data, folder, test=config.test)
     results |= {"run": str(config.run_name), "experiment": str(config.experiment_name), "seed": config.seed}
-    results |= {"attention": _names(config.model.attention), "cost": cost, "environment": environment()}
+    results |= {"attention": plain(config.model)["attention"], "cost": cost, "environment": environment()}
     _write_results(config, trainer, module, data, folder, results)
     return results
-
-
-def _names(attention: Any) -> str | list[str]:
-    return attention if isinstance(attention, str) else list(attention)
 
 
 def _introduce(folder: RunFolder, config: DictConfig, data: ImageData, net: Any, cost: dict[str, Any]) -> None:
