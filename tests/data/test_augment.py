@@ -160,3 +160,15 @@ def test_wrong_options_are_named(options, message):
         Augment(num_classes=5, image_size=12, **options)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_photographs_are_cropped_and_flipped_as_small_images_are(monkeypatch):
+    images = torch.randint(0, 256, (20, 3, 70, 66), dtype=torch.uint8)
+    for change in (lambda: pad_crop(images, 3), lambda: flip(images)):
+        torch.manual_seed(1)
+        one_by_one = change()
+        with monkeypatch.context() as patch:
+            patch.setattr("vit_attn.data.augment._PHOTOGRAPH", float("inf"))
+            torch.manual_seed(1)
+            assert torch.equal(change(), one_by_one)
+        assert not torch.equal(images, one_by_one)

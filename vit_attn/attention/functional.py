@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vit_attn.attention.engine import blocks
 from vit_attn.attention.names import unknown_name
-from vit_attn.attention.normalizers import NORMALIZERS, check_alpha, check_normalizer
+from vit_attn.attention.normalizers import ALPHAS, NORMALIZERS, check_alpha, check_normalizer
 from vit_attn.attention.patterns import Full, Pattern, make_pattern
 
 
@@ -37,7 +38,8 @@ def _dense(
     alpha: float | Tensor,
     scale: float | None,
     attn_drop: nn.Dropout | None,
-) -> tuple[Tensor, Tensor]:
+    return_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
     """Masked scores, in fp32 whatever autocast says: the reference, and the one whose weights can be seen."""
     with torch.autocast(q.device.type, enabled=False):
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -60,14 +62,37 @@ def _fused(
     alpha: float | Tensor,
     scale: float | None,
     attn_drop: nn.Dropout | None,
-) -> tuple[Tensor, None]:
+    return_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
     """torch's scaled_dot_product_attention, which never shows its weights."""
     dropout_p = attn_drop.p if attn_drop is not None and attn_drop.training else 0.0
     mask = allowed_mask(pattern, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale), None
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {"dense": _dense, "fused": _fused}
+def _blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    normalizer: str,
+    pattern: Pattern | None,
+    alpha: float | Tensor,
+    scale: float | None,
+    attn_drop: nn.Dropout | None,
+    return_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The sparse engine: allowed entries alone, see :mod:`vit_attn.attention.engine`."""
+    known = ALPHAS[normalizer]
+    dropout = attn_drop.p if attn_drop is not None and attn_drop.training else 0.0
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    return blocks(q, k, v, pattern, alpha if known is None else known, factor, dropout, return_weights)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+    "dense": _dense,
+    "fused": _fused,
+    "blocks": _blocks,
+}
 
 
 def choose_implementation(implementation: str, normalizer: str, *, return_weights: bool = False) -> str:
@@ -162,10 +187,10 @@ def attention(
         if isinstance(alpha, Tensor):
             if alpha.numel() not in (1, q.shape[1]):
                 raise ValueError(f"alpha has {alpha.numel()} values for {q.shape[1]} heads")
-            alpha = alpha.reshape(-1, 1, 1)  # (H, 1, 1)
+            alpha = alpha.reshape(-1, 1, 1) if chosen != "blocks" else alpha.reshape(-1).expand(q.shape[1])  # (H, 1, 1)
         else:
             check_alpha(alpha)
-    out, weights = IMPLEMENTATIONS[chosen](q, k, v, normalizer, pattern, alpha, scale, attn_drop)
+    out, weights = IMPLEMENTATIONS[chosen](q, k, v, normalizer, pattern, alpha, scale, attn_drop, return_weights)
     if not return_weights:
         return out
     assert weights is not None

@@ -2,16 +2,13 @@
 
 α-entmax (Peters et al., 2019, arXiv:1905.05702) is p = [(α-1) x - τ]₊^β with β = 1/(α-1), and τ such that Σp = 1.
 α → 1 is softmax, α = 1.5 entmax15, α = 2 sparsemax (Martins & Astudillo, 2016, arXiv:1602.02068). The lower end
-of a row gets exact zeros as soon as α > 1.
-
-No sort: with z = (α-1)(x - max x) and w = (α-1) max x - τ, the norm ‖[z + w]₊‖_β is convex in w and rises with it, so
-Newton's method on it from w = 1, where it is at least 1, comes down to the root without ever passing it. It is one
-exact step where all scores tie, Michelot's algorithm for α = 2, and a handful of rounds otherwise.
+of a row gets exact zeros as soon as α > 1. How it is computed, without a sort: :mod:`vit_attn.attention.kernels`.
 
 The arithmetic is fp32 (fp64 for fp64 scores) whatever autocast says; the weights come back in the scores' dtype.
 A score of -inf is a forbidden entry: its weight and its gradient are exactly 0.
 
-A new normalizer is one function and one line in :data:`NORMALIZERS`.
+A new normalizer is one function and one line in :data:`NORMALIZERS`; one line in :data:`ALPHAS` where it is an
+α-entmax, so that the sparse engine can run it too.
 """
 
 from collections.abc import Callable
@@ -19,94 +16,60 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from vit_attn.attention import kernels
 from vit_attn.attention.names import unknown_name
 
-# Newton needs 2 to 15 rounds; the limit is for rows whose sum rounding keeps above the tolerance.
-_MAX_ROUNDS = 30
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of all arithmetic on scores and weights."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _working_dtype(scores: Tensor) -> torch.dtype:
-    return torch.float64 if scores.dtype == torch.float64 else torch.float32
+# Custom operators, so that torch.compile sees one node where kernels stop at a convergence that depends on the data.
 
 
-def _powers(u: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Compute u^β and u^(β-1) of u >= 0, exactly 0 where u is 0."""
-    if isinstance(beta, Tensor):
-        p = u**beta
-        # u^0 is 1 outside the support too (β = 1), hence the mask.
-        return p, torch.where(u > 0, p / u.clamp_min(torch.finfo(u.dtype).tiny), 0)
-    if beta == 1.0:
-        return u, (u > 0).to(u.dtype)
-    if beta == 2.0:
-        return u * u, u
-    p = u**beta
-    return p, torch.where(u > 0, p / u.clamp_min(torch.finfo(u.dtype).tiny), 0)
+@torch.library.custom_op("vit_attn::entmax", mutates_args=())
+def _entmax(x: Tensor, alpha: float, alphas: Tensor | None) -> Tensor:
+    """Rows x (R, K) to weights; ``alphas`` (R, 1) stands in for ``alpha``."""
+    return kernels.normalize(x, alpha if alphas is None else alphas, torch.empty_like(x))
 
 
-def _solve(z: Tensor, beta: float | Tensor) -> Tensor:
-    """Weights [z + w]₊^β with the w that makes the rows of the last dimension sum to 1.
-
-    Args:
-        z: (α-1) times the scores, shifted so that each row's largest is 0; -inf is forbidden.
-        beta: 1/(α-1), a number or broadcastable to the rows.
-    """
-    # w itself, and not 1 - w: it is small where many scores are close, and a small number has fine steps.
-    w = torch.ones_like(z[..., :1])
-    tolerance = 32 * torch.finfo(z.dtype).eps
-    for _ in range(_MAX_ROUNDS):
-        p, slope = _powers((z + w).clamp_min(0), beta)
-        total = p.sum(-1, keepdim=True)
-        # Below 1 only by the rounding of a large step: from there Newton returns too.
-        away = (total - 1).abs() > tolerance
-        if not away.any():
-            break
-        # Newton on ‖u‖_β - 1; Σp - (Σp)^(1-1/β) = Σp·(1 - Σp^(-1/β)), written so that it is exact near Σp = 1.
-        step = total * torch.expm1(-total.log() / beta) / slope.sum(-1, keepdim=True)
-        w = w + torch.where(away, step, 0)
-    return p / total
+@_entmax.register_fake
+def _(x: Tensor, alpha: float, alphas: Tensor | None) -> Tensor:
+    return torch.empty_like(x)
 
 
-class _Entmax(torch.autograd.Function):
-    """α-entmax over the last dimension; the backward pass needs the weights alone."""
+@torch.library.custom_op("vit_attn::entmax_backward", mutates_args=())
+def _entmax_backward(p: Tensor, g: Tensor, alpha: float, alphas: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients to x (R, K) and to ``alphas`` (R, 1), empty without."""
+    g = g.contiguous()
+    d_x = kernels.scores_gradient(p, g, alpha if alphas is None else alphas, torch.empty_like(p))
+    return d_x, p.new_empty(0) if alphas is None else kernels.alpha_gradient(p, g, alphas)
 
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor, alpha: Tensor | float) -> Tensor:
-        with torch.autocast(scores.device.type, enabled=False):
-            x = scores.to(_working_dtype(scores))
-            a = alpha.to(x.dtype) if isinstance(alpha, Tensor) else alpha
-            z = (x - x.amax(-1, keepdim=True)) * (a - 1)
-            p = _solve(z, 1 / (a - 1))
-        ctx.alpha = alpha if not isinstance(alpha, Tensor) else None
-        ctx.save_for_backward(p, *([alpha] if isinstance(alpha, Tensor) else []))
-        ctx.dtype = scores.dtype
-        return p.to(scores.dtype)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        p, *rest = ctx.saved_tensors
-        alpha = rest[0] if rest else ctx.alpha
-        g = grad.to(p.dtype)
-        a = alpha.to(p.dtype) if isinstance(alpha, Tensor) else alpha
-        support = p > 0
-        s = torch.where(support, p ** (2 - a), 0)
-        share = s / s.sum(-1, keepdim=True)
-        d_scores = s * g - share * (s * g).sum(-1, keepdim=True)
-        d_alpha = None
-        if isinstance(alpha, Tensor) and ctx.needs_input_grad[1]:
-            # Correia et al., 2019, arXiv:1909.00015, proposition 1.
-            plogp = torch.where(support, p * p.clamp_min(torch.finfo(p.dtype).tiny).log(), 0)
-            entropy = plogp.sum(-1, keepdim=True)
-            rate = (p - share) / (a - 1) ** 2 - (plogp - share * entropy) / (a - 1)
-            d_alpha = (g * rate).sum_to_size(alpha.shape).to(alpha.dtype)
-        return d_scores.to(ctx.dtype), d_alpha
+@_entmax_backward.register_fake
+def _(p: Tensor, g: Tensor, alpha: float, alphas: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(p), p.new_empty(0) if alphas is None else torch.empty_like(alphas)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.alpha, alphas = inputs
+    ctx.save_for_backward(output, alphas)
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, Tensor | None]:
+    p, alphas = ctx.saved_tensors
+    d_x, d_alphas = _entmax_backward(p, g, ctx.alpha, alphas)
+    return d_x, None, None if alphas is None else d_alphas
+
+
+_entmax.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
 def softmax(scores: Tensor, dim: int = -1) -> Tensor:
     """Softmax over ``dim`` in fp32 or fp64; weights in the scores' dtype."""
-    return torch.softmax(scores, dim, dtype=_working_dtype(scores)).to(scores.dtype)
+    return torch.softmax(scores, dim, dtype=working_dtype(scores.dtype)).to(scores.dtype)
 
 
 def sparsemax(scores: Tensor, dim: int = -1) -> Tensor:
@@ -131,14 +94,16 @@ def entmax(scores: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor
     Raises:
         ValueError: a number ``alpha`` outside (1, 2]. A tensor is not checked: that would wait for the GPU.
     """
-    if isinstance(alpha, Tensor):
-        if dim not in (-1, scores.dim() - 1):
-            alpha = alpha.expand([1] * (scores.dim() - alpha.dim()) + list(alpha.shape)).movedim(dim, -1)
-    else:
+    if not isinstance(alpha, Tensor):
         check_alpha(alpha)
-    if dim in (-1, scores.dim() - 1):
-        return _Entmax.apply(scores, alpha)
-    return _Entmax.apply(scores.movedim(dim, -1), alpha).movedim(-1, dim)
+    scores = scores.movedim(dim, -1)
+    rows = scores.to(working_dtype(scores.dtype)).reshape(-1, scores.shape[-1])
+    alphas = None
+    if isinstance(alpha, Tensor):
+        alpha = alpha.to(rows.dtype).expand([1] * (scores.dim() - alpha.dim()) + list(alpha.shape)).movedim(dim, -1)
+        alphas = alpha.expand(*scores.shape[:-1], 1).reshape(-1, 1)
+    weights = _entmax(rows, 1.5 if alphas is not None else float(alpha), alphas)
+    return weights.view(scores.shape).to(scores.dtype).movedim(-1, dim)
 
 
 def check_alpha(alpha: float) -> None:
@@ -158,6 +123,9 @@ NORMALIZERS: dict[str, Callable[[Tensor, float | Tensor], Tensor]] = {
     "entmax15": lambda scores, alpha: entmax15(scores),
     "entmax": entmax,
 }
+
+# The α of each normalizer that is an α-entmax; None where it is the caller's.
+ALPHAS: dict[str, float | None] = {"softmax": 1.0, "sparsemax": 2.0, "entmax15": 1.5, "entmax": None}
 
 
 def check_normalizer(name: str) -> None:

@@ -8,7 +8,8 @@ Every pattern is written here in its symmetric form, in |d|; ``causal=True`` kee
 Labels: 0 forbidden, 1 self, 2 local, 3 the second component, 4 global. Global are the rows and columns of the
 prefix tokens (class token, registers), which stand outside the patch grid: they see, and are seen by, all.
 
-A new pattern is one subclass of :class:`Pattern` and one line in :data:`PATTERNS`.
+A new pattern is one subclass of :class:`Pattern` and one line in :data:`PATTERNS`. Where it has a :class:`Layout`,
+its forbidden entries cost nothing; without one it is computed over whole rows.
 """
 
 from dataclasses import dataclass, fields
@@ -31,6 +32,31 @@ LABEL_NAMES = {
 }
 # Rows labelled at a time where only counts are wanted, so that counting never holds an (N, N) tensor.
 _ROWS_PER_CHUNK = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where the entries of a pattern lie, so that small dense products cover them.
+
+    The patch tokens are taken in raster order, or where ``regroup`` in the order of their residues mod ``step``: all
+    of residue 0, then all of residue 1, …
+
+    Args:
+        before, after: the local component lies within so many tokens of the query, in that order; or
+        block: in the query's own block of so many tokens.
+        step: see above; and of ``classes``.
+        regroup: see above.
+        classes: the second component lies among the tokens of the query's own residue mod ``step``.
+        columns: tokens that hold the second component of every query.
+    """
+
+    before: int = 0
+    after: int = 0
+    block: int | None = None
+    step: int = 1
+    regroup: bool = False
+    classes: bool = False
+    columns: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +106,14 @@ class Pattern:
         """Tell which (i, j) the second component allows where the first does not; None without one."""
         return None
 
-    def _label_rows(self, start: int, stop: int, device: torch.device | str | None) -> Tensor:
-        """Label the query rows ``start:stop`` of all N: (stop - start, N) uint8."""
-        i = torch.arange(start, stop, device=device)[:, None] - self.num_prefix_tokens
-        j = torch.arange(self.size, device=device)[None, :] - self.num_prefix_tokens
-        labels = torch.zeros(stop - start, self.size, dtype=torch.uint8, device=device)
+    def layout(self) -> Layout | None:
+        """Tell where the entries of the patch tokens lie; None where no regrouping makes them dense."""
+        return None
+
+    def labels_at(self, i: Tensor, j: Tensor) -> Tensor:
+        """Label the entries of queries i and keys j, counted over all N tokens: uint8 of their broadcast shape."""
+        i, j = i - self.num_prefix_tokens, j - self.num_prefix_tokens
+        labels = torch.zeros(torch.broadcast_shapes(i.shape, j.shape), dtype=torch.uint8, device=i.device)
         second = self.second(i, j)
         if second is not None:
             labels.masked_fill_(second, SECOND)
@@ -95,9 +124,14 @@ class Pattern:
         labels.masked_fill_((i < 0) | (j < 0), GLOBAL)
         return labels
 
+    def label_rows(self, start: int, stop: int, device: torch.device | str | None = None) -> Tensor:
+        """Label the query rows ``start:stop`` of all N: (stop - start, N) uint8."""
+        tokens = torch.arange(self.size, device=device)
+        return self.labels_at(tokens[start:stop, None], tokens)
+
     def labels(self, device: torch.device | str | None = None) -> Tensor:
         """(N, N) uint8, rows are queries: 0 forbidden, 1 self, 2 local, 3 second component, 4 global."""
-        return self._label_rows(0, self.size, device)
+        return self.label_rows(0, self.size, device)
 
     def allowed(self, device: torch.device | str | None = None) -> Tensor:
         """(N, N) bool, rows are queries: True where the query may see the key."""
@@ -107,7 +141,7 @@ class Pattern:
     def entries(self) -> int:
         """How many of the N x N entries are allowed."""
         starts = range(0, self.size, _ROWS_PER_CHUNK)
-        chunks = (self._label_rows(s, min(s + _ROWS_PER_CHUNK, self.size), None) for s in starts)
+        chunks = (self.label_rows(s, min(s + _ROWS_PER_CHUNK, self.size)) for s in starts)
         return sum(int(chunk.count_nonzero()) for chunk in chunks)
 
     @property
@@ -153,6 +187,9 @@ class Strided(Pattern):
     def second(self, i: Tensor, j: Tensor) -> Tensor:
         return (i - j) % self.stride == 0
 
+    def layout(self) -> Layout:
+        return Layout(before=self.window, after=0 if self.causal else self.window, step=self.stride, classes=True)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed(Pattern):
@@ -167,7 +204,10 @@ class Fixed(Pattern):
         return i // self.window == j // self.window
 
     def second(self, i: Tensor, j: Tensor) -> Tensor:
-        return (j % self.window == self.window - 1).expand(i.shape[0], -1)
+        return j % self.window == self.window - 1
+
+    def layout(self) -> Layout:
+        return Layout(block=self.window, columns=tuple(range(self.window - 1, self.num_tokens, self.window)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +220,9 @@ class SlidingWindow(Pattern):
 
     def local(self, i: Tensor, j: Tensor) -> Tensor:
         return 2 * (i - j).abs() <= self.window
+
+    def layout(self) -> Layout:
+        return Layout(before=self.window // 2, after=0 if self.causal else self.window // 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +240,10 @@ class DilatedSlidingWindow(Pattern):
     def local(self, i: Tensor, j: Tensor) -> Tensor:
         distance = (i - j).abs()
         return (distance % self.dilation == 0) & (2 * (distance // self.dilation) <= self.window)
+
+    def layout(self) -> Layout:
+        reach = self.window // 2
+        return Layout(before=reach, after=0 if self.causal else reach, step=self.dilation, regroup=True)
 
 
 PATTERNS: dict[str, type[Pattern]] = {

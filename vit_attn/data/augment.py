@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
+from vit_attn.data.policies import AutoAugment, RandAugment
 from vit_attn.errors import UserError, unknown_name
 
 _CHOICES = {"crop": ("pad", "resized", "none"), "policy": ("none", "rand_augment", "auto_augment")}
@@ -22,6 +23,8 @@ _WHOLE = {
     "rand_augment_magnitude": (0, 30),
     "group_size": (1, None),
 }
+_PHOTOGRAPH = 3 * 64 * 64  # values per image
+_CACHED = 2**17  # values: in fp32, they and what they are made from stay in a core's cache
 _REAL = {"erasing": (0, 1), "mixup": (0, None), "cutmix": (0, None)}
 
 
@@ -143,7 +146,11 @@ def pad_crop(images: Tensor, padding: int) -> Tensor:
     """A window of (H, W) at its own random place of each zero-padded image. (B, C, H, W) → (B, C, H, W)."""
     B, C, H, W = images.shape
     padded = F.pad(images, [padding] * 4)
-    top, left = torch.randint(2 * padding + 1, (2, B, 1, 1)).to(images.device)  # each (B, 1, 1)
+    places = torch.randint(2 * padding + 1, (2, B, 1, 1))
+    if _one_by_one(images):
+        corners = places.view(2, B).T.tolist()
+        return torch.stack([i[:, y : y + H, x : x + W] for i, (y, x) in zip(padded, corners, strict=True)])
+    top, left = places.to(images.device)  # each (B, 1, 1)
     y = top + torch.arange(H, device=images.device)[:, None]  # (B, H, 1)
     x = left + torch.arange(W, device=images.device)  # (B, 1, W)
     pixel = (y * padded.shape[-1] + x).view(B, 1, H * W)  # its place in a flattened channel
@@ -152,8 +159,19 @@ def pad_crop(images: Tensor, padding: int) -> Tensor:
 
 def flip(images: Tensor) -> Tensor:
     """Each image mirrored left to right with probability 1/2. (B, C, H, W) → (B, C, H, W)."""
-    mirrored = (torch.rand(len(images)) < 0.5).to(images.device)
-    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    mirrored = (torch.rand(len(images)) < 0.5).nonzero().flatten()
+    if _one_by_one(images):
+        images = images.clone()
+        for index in mirrored.tolist():
+            images[index] = images[index].flip(-1)
+        return images
+    mirrored = mirrored.to(images.device)
+    return images.index_copy(0, mirrored, images[mirrored].flip(-1))
+
+
+def _one_by_one(images: Tensor) -> bool:
+    """Whether copying whole images is faster than computing a place for each pixel: photographs, on a CPU."""
+    return images.device.type == "cpu" and images[0].numel() >= _PHOTOGRAPH
 
 
 def _grouped_transforms(
@@ -163,10 +181,10 @@ def _grouped_transforms(
     if options.crop == "resized":
         steps.append(v2.RandomResizedCrop(image_size, scale=tuple(options.crop_scale)))
     if options.policy == "rand_augment":
-        steps.append(v2.RandAugment(options.rand_augment_ops, options.rand_augment_magnitude))
+        steps.append(RandAugment(options.rand_augment_ops, options.rand_augment_magnitude))
     elif options.policy == "auto_augment":
         small = image_size <= 64
-        steps.append(v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10 if small else v2.AutoAugmentPolicy.IMAGENET))
+        steps.append(AutoAugment(v2.AutoAugmentPolicy.CIFAR10 if small else v2.AutoAugmentPolicy.IMAGENET))
     if options.erasing:
         steps.append(v2.RandomErasing(options.erasing, value=[round(255 * channel) for channel in mean]))
     return v2.Compose(steps) if steps else None
@@ -197,4 +215,9 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """``(images / 255 - mean) / std``, for uint8 or float images in 0 to 255."""
-        return (images.to(torch.float32) / 255 - self.mean) / self.std
+        normal = torch.empty(images.shape, dtype=torch.float32, device=images.device)
+        # in place: each new tensor of this size is memory that a CPU has to fetch from the system anew
+        at_once = len(images) if images.is_cuda else max(1, _CACHED // max(1, images[:1].numel()))
+        for part, raw in zip(normal.split(at_once), images.split(at_once), strict=True):
+            part.copy_(raw).div_(255).sub_(self.mean).div_(self.std)
+        return normal

@@ -33,6 +33,11 @@ class Images(Dataset, ABC):
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         return self._read(self._rows[chosen]), self.labels[chosen]
 
+    @property
+    def rows(self) -> Tensor:
+        """Which of the unsplit whole these are: int64 (N,), in the order of its files."""
+        return self._rows
+
     def subset(self, indices: Sequence[int] | Tensor) -> Self:
         """The images at ``indices``, in that order; pixels are shared, not copied."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Objects from their configuration: network, data, loss, callbacks, loggers, Trainer."""
+"""Objects from their configuration: network, data, loss, module, callbacks, loggers, Trainer."""
 
 import logging
 from typing import Any
@@ -18,6 +18,7 @@ from vit_attn.models import create_vit
 from vit_attn.tracking.loggers import CsvLogger
 from vit_attn.training.callbacks import EpochLines, Throughput
 from vit_attn.training.folder import RunFolder
+from vit_attn.training.module import Classifier
 
 log = logging.getLogger("vit_attn")
 
@@ -83,6 +84,21 @@ def build_callbacks(config: DictConfig, folder: RunFolder | None) -> list[Callba
         extra = {"folder": folder.attention} if name == "attention_probe" and folder is not None else {}
         callbacks.append(instantiate(f"callbacks.{name}", options, **extra))
     return callbacks
+
+
+def build_module(config: DictConfig, net: nn.Module, data: ImageData) -> Classifier:
+    """Put together what trains ``net`` on ``data``, which has been set up."""
+    return Classifier(
+        net=net,
+        criterion=build_loss(config.loss),
+        normalize=data.make_normalize(),
+        augment=data.make_augment(),
+        num_classes=data.num_classes,
+        optimizer=config.optimizer,
+        lr_schedule=config.lr_schedule,
+        seed=config.seed,
+        extra={"config": without_secrets(plain(config)), "data": data.describe()},
+    )
 
 
 def build_trainer(config: DictConfig, folder: RunFolder, resumed: dict[str, Any] | None) -> Trainer:

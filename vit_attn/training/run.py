@@ -8,13 +8,13 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from vit_attn.config import plain, without_secrets
+from vit_attn.config import plain
 from vit_attn.cost import environment, model_cost
 from vit_attn.data import ImageData
 from vit_attn.errors import user_errors
 from vit_attn.explain.probe import default_layers, look, write_masks, write_panels
 from vit_attn.tracking.loggers import log_pictures
-from vit_attn.training.build import build_callbacks, build_data, build_loss, build_net, build_trainer
+from vit_attn.training.build import build_callbacks, build_data, build_module, build_net, build_trainer
 from vit_attn.training.callbacks import AttentionProbe
 from vit_attn.training.check import check_config
 from vit_attn.training.folder import RunFolder, load_checkpoint, update_json
@@ -53,17 +53,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     _introduce(folder, config, data, net, cost)
     if config.compile:
         net.compile()
-    module = Classifier(
-        net=net,
-        criterion=build_loss(config.loss),
-        normalize=data.make_normalize(),
-        augment=data.make_augment(),
-        num_classes=data.num_classes,
-        optimizer=config.optimizer,
-        lr_schedule=config.lr_schedule,
-        seed=config.seed,
-        extra={"config": without_secrets(plain(config)), "data": data.describe()},
-    )
+    module = build_module(config, net, data)
     trainer = build_trainer(config, folder, resumed)
     if resumed is not None:
         _resume_inside_epoch(resumed, data)
