@@ -18,6 +18,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from vit_attn.attention import kernels
 from vit_attn.attention.patterns import FORBIDDEN, GLOBAL, LOCAL, SECOND, SELF, Layout, Pattern
 
 # Scores of one head that are computed at a time where rows are whole: 2 MiB in fp32, about what a core caches.
@@ -178,21 +179,21 @@ class Regrouped:
         allowed[:, self.key_columns] = (columns == SECOND) | (columns == GLOBAL)
         return allowed & (queries >= 0) & (keys >= 0)
 
-    @cached_property
-    def band_allowed(self) -> Tensor:
-        """(L / b, b, W) bool: the band of ``allowed``."""
-        return self.allowed[:, self.band_start :].unflatten(0, (-1, self.block)).contiguous()
+    @lru_cache(maxsize=4)  # noqa: B019  # plans are few and kept anyway
+    def bounds(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """The least upper bounds of scores: no bound where allowed, the lowest score where forbidden.
 
-    @cached_property
-    def columns_allowed(self) -> Tensor:
-        """(L, M) bool: the columns of ``allowed``."""
-        return self.allowed[:, self.key_columns].contiguous()
+        A minimum with them forbids in one vectorized pass, where masks of bool would take many times as long.
 
-    @cached_property
-    def class_allowed(self) -> Tensor:
-        """(step, n, n) bool: the classes of ``allowed``."""
-        grid = self.allowed[: self.step * self.class_size, self.class_columns]
-        return grid.unflatten(0, (self.class_size, self.step)).transpose(0, 1).contiguous()
+        Returns:
+            Of the classes (step, n, n), the columns (L, M) and the band (L / b, b, W).
+        """
+        highest, lowest = torch.finfo(dtype).max, kernels.lowest(dtype)
+        bounds = torch.full(self.allowed.shape, lowest, dtype=dtype, device=self.device)
+        bounds.masked_fill_(self.allowed, highest)
+        grid = bounds[: self.step * self.class_size, self.class_columns].unflatten(0, (self.class_size, self.step))
+        band = bounds[:, self.band_start :].unflatten(0, (-1, self.block))
+        return grid.transpose(0, 1).contiguous(), bounds[:, self.key_columns].contiguous(), band.contiguous()
 
     @cached_property
     def entries(self) -> tuple[Tensor, Tensor]:

@@ -125,11 +125,6 @@ def _further(x: Tensor, out: Tensor, w: Tensor, e: Number) -> tuple[Tensor, Tens
     return _rounds(z, w.clamp_max(1), out, 1 / e, _ROUNDS)
 
 
-def _softmax_backward(p: Tensor, g: Tensor, out: Tensor) -> None:
-    pg = p * g
-    out.copy_(pg - p * pg.sum(-1, keepdim=True))
-
-
 def _sensitivity(p: Tensor, e: Number) -> Tensor:
     """Compute p^(2-α) on the support, 0 elsewhere."""
     if isinstance(e, float):
@@ -153,8 +148,7 @@ def _alpha_backward(p: Tensor, g: Tensor, e: Tensor) -> Tensor:
 
 
 _first_rounds, _further_rounds = _Compiled(_first), _Compiled(_further)
-_softmax_gradient, _entmax_gradient = _Compiled(_softmax_backward), _Compiled(_entmax_backward)
-_alpha_gradient = _Compiled(_alpha_backward)
+_entmax_gradient, _alpha_gradient = _Compiled(_entmax_backward), _Compiled(_alpha_backward)
 
 
 def _e(alpha: Number, x: Tensor) -> Number:
@@ -191,9 +185,8 @@ def scores_gradient(p: Tensor, g: Tensor, alpha: Number, out: Tensor) -> Tensor:
         ``out``.
     """
     if isinstance(alpha, float) and alpha == 1.0:
-        _softmax_gradient(p, g, out)
-    else:
-        _entmax_gradient(p, g, out, _e(alpha, p))
+        return torch.ops.aten._softmax_backward_data.out(g, p, -1, p.dtype, grad_input=out)
+    _entmax_gradient(p, g, out, _e(alpha, p))
     return out
 
 

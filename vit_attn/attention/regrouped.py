@@ -80,6 +80,13 @@ def _gather(dst: Tensor, src: Tensor, step: int) -> None:
         dst[:, whole * step :].add_(src[:, :rest, whole])
 
 
+def _place(scores: Tensor, bound: Tensor | None, target: Tensor) -> None:
+    if bound is None:
+        target.copy_(scores)
+    else:
+        torch.minimum(scores, bound, out=target)
+
+
 class _Operand:
     """One of q, k, v or the output's gradient, as the components need it.
 
@@ -144,24 +151,27 @@ class RegroupedChunk:
         taken = wide(x[:, :, part.columns], self.call.dtype) if columns and part.num_columns else None
         return _Operand(self.geometry, x[:, :, part.prefix :], self.call.like, scale, taken)
 
-    def products(self, queries: _Operand, keys: _Operand, elsewhere: float) -> Tensor:
-        """Rows (C, L, pitch) of the products of queries and keys, and ``elsewhere`` at forbidden places."""
+    def products(self, queries: _Operand, keys: _Operand, bounded: bool) -> Tensor:
+        """Rows (C, L, pitch) of the products of queries and keys; where ``bounded``, forbidden ones are the lowest."""
         part, geometry, like = self.part, self.geometry, self.call.like
+        bounds = part.bounds(like.dtype) if bounded else (None, None, None)
         rows = like.new_empty(geometry.heads, part.length, part.pitch)
-        other = like.new_full((), elsewhere)
 
+        # The scores that no product fills are read too, and must be numbers.
         flat = like.new_empty(geometry.slack + geometry.num_scores + part.width - part.window)
-        band = flat[geometry.slack : geometry.slack + geometry.num_blocks * part.block * part.window]
-        torch.bmm(queries.blocks(), keys.around_queries().mT, out=band.view(-1, part.block, part.window))
+        filled = geometry.slack + geometry.num_blocks * part.block * part.window
+        flat[: geometry.slack] = 0
+        flat[filled:] = 0
+        blocks = flat[geometry.slack : filled].view(-1, part.block, part.window)
+        torch.bmm(queries.blocks(), keys.around_queries().mT, out=blocks)
         placed = rows[..., part.band_start :].unflatten(1, (-1, part.block))
-        torch.where(part.band_allowed, flat.as_strided(*geometry.placed), other, out=placed)
+        _place(flat.as_strided(*geometry.placed), bounds[2], placed)
         if part.classes:
             classes = torch.bmm(queries.classes, keys.classes.mT).unflatten(0, (geometry.heads, part.step))
-            torch.where(part.class_allowed, classes, other, out=self.classes_of(rows))
-            rows[:, part.step * part.class_size :, part.class_columns] = elsewhere
+            _place(classes, bounds[0], self.classes_of(rows))
+            rows[:, part.step * part.class_size :, part.class_columns] = kernels.lowest(like.dtype) if bounded else 0
         if keys.columns is not None:
-            columns = torch.bmm(queries.rows, keys.columns.mT)
-            torch.where(part.columns_allowed, columns, other, out=rows[..., part.key_columns])
+            _place(torch.bmm(queries.rows, keys.columns.mT), bounds[1], rows[..., part.key_columns])
         return rows
 
     def classes_of(self, rows: Tensor) -> Tensor:
@@ -220,7 +230,7 @@ class RegroupedChunk:
     def forward(self, buffer: Tensor, out: Tensor, seen: Tensor | None) -> None:
         """Fill the rows of ``buffer`` with weights, and the patch tokens of ``out`` and ``seen``."""
         part, call = self.part, self.call
-        scores = self.products(self.q, self.k, kernels.lowest(call.dtype))
+        scores = self.products(self.q, self.k, bounded=True)
         rows = self.geometry.rows(buffer)
         kernels.normalize(scores.flatten(0, 1), call.alpha_of(self.chunk, part.length), rows.flatten(0, 1))
         weights = self.dropped(buffer, call.keep(rows))
@@ -242,7 +252,7 @@ class RegroupedChunk:
         part, call, geometry = self.part, self.call, self.geometry
         rows = geometry.rows(buffer)
         g = self.operand(d_out)
-        d_weights = self.products(g, self.v, 0.0)
+        d_weights = self.products(g, self.v, bounded=False)
         if d_seen is not None:
             places, entries = part.entries
             d_weights.flatten(1)[:, places] += d_seen[self.chunk].flatten(0, 1).flatten(1)[:, entries]
