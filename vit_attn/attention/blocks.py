@@ -24,7 +24,7 @@ from vit_attn.attention.patterns import FORBIDDEN, GLOBAL, LOCAL, SECOND, SELF, 
 # Scores of one head that are computed at a time where rows are whole: 2 MiB in fp32, about what a core caches.
 _ROW_ENTRIES = 2**19
 # Queries per block of the band. Smaller blocks compute fewer forbidden entries, larger ones multiply faster.
-_SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 32
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 16
 # Rows are multiples of this many entries: whole vector registers, and rows aligned for the kernels.
 _ALIGNMENT = 16
 
@@ -179,21 +179,14 @@ class Regrouped:
         allowed[:, self.key_columns] = (columns == SECOND) | (columns == GLOBAL)
         return allowed & (queries >= 0) & (keys >= 0)
 
-    @lru_cache(maxsize=4)  # noqa: B019  # plans are few and kept anyway
-    def bounds(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """The least upper bounds of scores: no bound where allowed, the lowest score where forbidden.
+    @lru_cache(maxsize=4)  # noqa: B019  # plans are few, and kept anyway
+    def bounds(self, dtype: torch.dtype) -> Tensor:
+        """(L, pitch): upper bounds of the scores, none where allowed, the lowest score where forbidden.
 
-        A minimum with them forbids in one vectorized pass, where masks of bool would take many times as long.
-
-        Returns:
-            Of the classes (step, n, n), the columns (L, M) and the band (L / b, b, W).
+        A minimum with them forbids in one vectorized pass, where a mask of bool takes many times as long.
         """
-        highest, lowest = torch.finfo(dtype).max, kernels.lowest(dtype)
-        bounds = torch.full(self.allowed.shape, lowest, dtype=dtype, device=self.device)
-        bounds.masked_fill_(self.allowed, highest)
-        grid = bounds[: self.step * self.class_size, self.class_columns].unflatten(0, (self.class_size, self.step))
-        band = bounds[:, self.band_start :].unflatten(0, (-1, self.block))
-        return grid.transpose(0, 1).contiguous(), bounds[:, self.key_columns].contiguous(), band.contiguous()
+        bounds = torch.full(self.allowed.shape, kernels.lowest(dtype), dtype=dtype, device=self.device)
+        return bounds.masked_fill_(self.allowed, torch.finfo(dtype).max)
 
     @cached_property
     def entries(self) -> tuple[Tensor, Tensor]:

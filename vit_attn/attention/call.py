@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vit_attn.attention import kernels
-from vit_attn.attention.blocks import Plan, Regrouped, Rows
+from vit_attn.attention.blocks import Plan
 from vit_attn.attention.normalizers import working_dtype
 
 # Scores of all heads that are in the works at a time: 2 MiB in fp32, so that they stay in the cores' caches.
@@ -16,12 +16,19 @@ Chunk = tuple[slice, slice]
 
 
 def _chunks(batch: int, heads: int, entries: int) -> Iterator[Chunk]:
-    """Cut (B, H) into chunks of about ``_CHUNK_ENTRIES``, given the entries of one head."""
+    """Cut (B, H) into chunks of about ``_CHUNK_ENTRIES``, given the entries of one head.
+
+    All have the same size, so that one compiled kernel does for them, but for the last where B is no multiple.
+    """
     together = max(1, _CHUNK_ENTRIES // entries)
-    images, heads_at_once = max(1, together // heads), min(heads, together)
+    if together >= heads:
+        images = min(batch, together // heads)
+    else:
+        images, heads_at_once = 1, max(size for size in range(1, together + 1) if heads % size == 0)
+    step = heads if together >= heads else heads_at_once
     for image in range(0, batch, images):
-        for head in range(0, heads, heads_at_once):
-            yield slice(image, image + images), slice(head, head + heads_at_once)
+        for head in range(0, heads, step):
+            yield slice(image, image + images), slice(head, head + step)
 
 
 def wide(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -60,25 +67,27 @@ class Call:
         if seed is not None:
             self.generator = torch.Generator(q.device).manual_seed(int(seed))
 
-    def chunks(self, part: Regrouped | Rows) -> Iterator[Chunk]:
-        """Heads that are computed together."""
-        return _chunks(*self.q.shape[:2], part.scores)
+    def chunks(self, entries: int) -> Iterator[Chunk]:
+        """Heads that are computed together, given the entries of one."""
+        return _chunks(*self.q.shape[:2], entries)
 
-    def alpha_of(self, chunk: Chunk, rows: int) -> float | Tensor:
-        """The kernels' α for ``rows`` rows of each head of a chunk."""
+    def excess(self, chunk: Chunk, rows: int | None = None) -> kernels.Excess:
+        """The normalizer of a chunk's heads: (C, 1, 1), or (C · rows, 1) for ``rows`` rows of each."""
         if self.alphas is None:
-            return self.alpha
+            return kernels.excess(self.alpha, self.like)
         images = len(range(self.q.shape[0])[chunk[0]])
-        return self.alphas[chunk[1], None].expand(images, -1, rows).reshape(-1, 1)
+        e = kernels.excess(self.alphas[chunk[1]], self.like)
+        assert isinstance(e, Tensor)
+        e = e.repeat(images)
+        return e[:, None, None] if rows is None else e[:, None].expand(-1, rows).reshape(-1, 1)
 
-    def keep(self, weights: Tensor) -> Tensor | None:
+    def keep(self, *shape: int) -> Tensor | None:
         """Draw what dropout leaves: 0 or 1 / (1 - p) for every weight."""
         if self.generator is None:
             return None
-        return torch.empty_like(weights).bernoulli_(1 - self.dropout, generator=self.generator).div_(1 - self.dropout)
+        return self.like.new_empty(shape).bernoulli_(1 - self.dropout, generator=self.generator).div_(1 - self.dropout)
 
-    def add_alpha_gradient(self, d_alphas: Tensor, chunk: Chunk, p: Tensor, g: Tensor, alpha: float | Tensor) -> None:
-        """Add the gradients of a chunk's rows, see ``kernels.alpha_gradient``, to those of its heads (H,)."""
-        assert isinstance(alpha, Tensor)
+    def add_alpha_gradient(self, d_alphas: Tensor, chunk: Chunk, d_rows: Tensor) -> None:
+        """Add the gradients to α of a chunk's rows to those of its heads (H,)."""
         images, heads = (len(range(size)[part]) for part, size in zip(chunk, self.q.shape[:2], strict=True))
-        d_alphas[chunk[1]] += kernels.alpha_gradient(p, g, alpha).view(images, heads, -1).sum((0, 2))
+        d_alphas[chunk[1]] += d_rows.view(images, heads, -1).sum((0, 2))

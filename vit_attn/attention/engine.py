@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vit_attn.attention import kernels
-from vit_attn.attention.blocks import Plan, Rows, make_plan, whole_plan
+from vit_attn.attention import kernels, regrouped
+from vit_attn.attention.blocks import Plan, Regrouped, Rows, make_plan, whole_plan
 from vit_attn.attention.call import Call, Chunk, wide
 from vit_attn.attention.patterns import Pattern
-from vit_attn.attention.regrouped import RegroupedChunk
 
 # The operators take no objects, so patterns go by their text, which is the same in every process.
 _patterns: dict[str, Pattern] = {}
@@ -28,6 +27,59 @@ def _plan(pattern: str, q: Tensor, k: Tensor) -> Plan:
     return make_plan(_patterns[pattern], q.device)
 
 
+class _RegroupedChunk:
+    """Queries of all patch tokens, of one chunk of heads."""
+
+    def __init__(self, call: Call, part: Regrouped, chunk: Chunk) -> None:
+        self.call, self.part, self.chunk = call, part, chunk
+        self.patches = (*chunk, slice(part.prefix, None))
+        q, k, v = (x[chunk] for x in (call.q, call.k, call.v))
+        self.heads = q.shape[0] * q.shape[1]
+        self.keep = call.keep(self.heads, part.length, part.pitch)
+        self.operands = q, k, v, call.excess(chunk), call.scale, self.keep
+
+    def _weights(self, kept: Tensor) -> Tensor:
+        """The chunk's rows (C, L, pitch) of what is ``kept`` of all heads."""
+        heads = self.call.q.shape[1]
+        start = range(self.call.q.shape[0])[self.chunk[0]][0] * heads + self.chunk[1].start
+        return kept[start : start + self.heads]
+
+    def forward(self, out: Tensor, seen: Tensor | None, kept: Tensor) -> None:
+        """Fill the patch queries of the outputs (B, H, N, D) and of the weights that are ``seen`` and ``kept``."""
+        part, weights = self.part, self._weights(kept)
+        arguments = part, *self.operands, part.bounds(self.call.dtype), out[self.patches], weights
+        if not kernels.converged(regrouped.forward(*arguments)):
+            regrouped.forward(*arguments, thorough=True)
+        if seen is not None:
+            places, entries = part.entries
+            values = (weights if self.keep is None else weights * self.keep).flatten(1)[:, places]
+            seen[self.chunk].flatten(0, 1).flatten(1)[:, entries] = values
+
+    def backward(
+        self,
+        d_out: Tensor,
+        d_seen: Tensor | None,
+        kept: Tensor,
+        gradients: tuple[Tensor, Tensor, Tensor],
+        d_alphas: Tensor | None,
+    ) -> None:
+        """Fill the patch tokens of the gradients (B, H, N, D), add to their columns and to ``d_alphas``."""
+        part, weights = self.part, self._weights(kept)
+        d_weights = None
+        if d_seen is not None:
+            places, entries = part.entries
+            d_weights = torch.zeros_like(weights)
+            d_weights.flatten(1)[:, places] = d_seen[self.chunk].flatten(0, 1).flatten(1)[:, entries]
+        targets = (gradient[self.patches] for gradient in gradients)
+        *columns, d_rows = regrouped.backward(part, *self.operands, weights, d_out[self.patches], d_weights, *targets)
+        if part.num_columns:
+            for gradient, values in zip(gradients[1:], columns, strict=True):
+                target = gradient[self.chunk]
+                target.index_add_(2, part.columns, values.view(*target.shape[:2], *values.shape[1:]))
+        if d_alphas is not None:
+            self.call.add_alpha_gradient(d_alphas, self.chunk, d_rows)
+
+
 class _RowsChunk:
     """Queries of one :class:`Rows`, of one chunk of heads, over all of their keys."""
 
@@ -36,24 +88,22 @@ class _RowsChunk:
         self.queries = slice(part.start, part.stop)
         self.q = wide(call.q[chunk][:, :, self.queries], call.dtype) * call.scale
         self.k, self.v = (wide(x[chunk][:, :, : part.width], call.dtype) for x in (call.k, call.v))
-        self.alpha = call.alpha_of(chunk, part.stop - part.start)
+        self.excess = call.excess(chunk, part.stop - part.start)
 
-    def weights(self) -> Tensor:
+    def _weights(self) -> Tensor:
         """(C, queries, keys)."""
         part = self.part
         scores = torch.bmm(self.q, self.k.mT)
         if part.forbidden is not None:
             scores[..., part.first :].masked_fill_(part.forbidden, kernels.lowest(scores.dtype))
-        weights = torch.empty_like(scores)
-        kernels.normalize(scores.flatten(0, 1), self.alpha, weights.flatten(0, 1))
-        return weights
+        return kernels.normalize_rows(scores.flatten(0, 1), self.excess).view(scores.shape)
 
     def forward(self, out: Tensor, seen: Tensor | None) -> None:
         """Fill the outputs (B, H, N, D), and what is ``seen`` of the weights (B, H, N, N)."""
-        weights = self.weights()
-        keep = self.call.keep(weights)
+        weights = self._weights()
+        keep = self.call.keep(*weights.shape)
         if keep is not None:
-            weights.mul_(keep)
+            weights = weights * keep
         target = out[self.chunk][:, :, self.queries]
         target.copy_(torch.bmm(weights, self.v).view(target.shape))
         if seen is not None:
@@ -69,20 +119,20 @@ class _RowsChunk:
     ) -> None:
         """Fill the queries of the gradients to q, add to those to k, v (all (B, H, N, D)) and to ``d_alphas``."""
         g = wide(d_out[self.chunk][:, :, self.queries], self.call.dtype)
-        weights = self.weights()
+        weights = self._weights()
         d_weights = torch.bmm(g, self.v.mT)
         if d_seen is not None:
             d_weights += d_seen[self.chunk][:, :, self.queries, : self.part.width].flatten(0, 1)
-        keep = self.call.keep(weights)
+        keep = self.call.keep(*weights.shape)
         if keep is not None:
             d_weights.mul_(keep)
-        flat = weights.flatten(0, 1), d_weights.flatten(0, 1), self.alpha
-        d_scores = torch.empty_like(weights)
-        kernels.scores_gradient(*flat, d_scores.flatten(0, 1))
+        rows = weights.flatten(0, 1), d_weights.flatten(0, 1)
+        d_scores, d_rows = kernels.rows_gradient(*rows, self.excess, to_alpha=d_alphas is not None)
+        d_scores = d_scores.view(weights.shape)
         if d_alphas is not None:
-            self.call.add_alpha_gradient(d_alphas, self.chunk, *flat)
+            self.call.add_alpha_gradient(d_alphas, self.chunk, d_rows)
         if keep is not None:
-            weights.mul_(keep)
+            weights = weights * keep
         dq, dk, dv = (gradient[self.chunk] for gradient in gradients)
         dq = dq[:, :, self.queries]
         dq.copy_(torch.bmm(d_scores, self.k).mul_(self.call.scale).view(dq.shape))
@@ -91,26 +141,12 @@ class _RowsChunk:
             target.add_(value.view(target.shape))
 
 
-def _kept(call: Call) -> Tensor:
-    """Room for the weights of all heads that the backward pass needs, after some empty rows."""
+def _empty_kept(call: Call) -> Tensor:
+    """Room for the weights that the backward pass needs: (B · H, L, pitch)."""
     part = call.plan.regrouped
     if part is None:
         return call.like
-    batch, heads = call.q.shape[:2]
-    kept = call.like.new_empty(part.pad + batch * heads * part.length, part.pitch)
-    kept[: part.pad] = 0
-    return kept
-
-
-def _buffer(kept: Tensor, call: Call, chunk: Chunk) -> Tensor:
-    """The rows of ``kept`` that are a chunk's, and those that its windows reach into."""
-    part = call.plan.regrouped
-    assert part is not None
-    batch, heads = call.q.shape[:2]
-    images = range(batch)[chunk[0]]
-    start = images[0] * heads + chunk[1].start
-    stop = images[-1] * heads + min(chunk[1].stop, heads)
-    return kept[start * part.length : part.pad + stop * part.length]
+    return call.like.new_empty(call.q.shape[0] * call.q.shape[1], part.length, part.pitch)
 
 
 @torch.library.custom_op("vit_attn::blocks", mutates_args=())
@@ -130,13 +166,13 @@ def _forward(
     call = Call(q, k, v, _plan(pattern, q, k), alpha, alphas, scale, dropout, seed)
     out, seen = _empty_outputs(q, k, v, see)
     weights = seen.zero_() if see else None
-    kept = _kept(call)
+    kept = _empty_kept(call)
     part = call.plan.regrouped
     if part is not None:
-        for chunk in call.chunks(part):
-            RegroupedChunk(call, part, chunk).forward(_buffer(kept, call, chunk), out, weights)
+        for chunk in call.chunks(part.length * part.pitch):
+            _RegroupedChunk(call, part, chunk).forward(out, weights, kept)
     for rows in call.plan.rows:
-        for chunk in call.chunks(rows):
+        for chunk in call.chunks(rows.scores):
             _RowsChunk(call, rows, chunk).forward(out, weights)
     return out, seen, kept
 
@@ -163,9 +199,7 @@ def _(
     see: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(q, k, v, _plan(pattern, q, k), alpha, alphas, scale, dropout, None)
-    part = call.plan.regrouped
-    rows = (0,) if part is None else (part.pad + q.shape[0] * q.shape[1] * part.length, part.pitch)
-    return *_empty_outputs(q, k, v, see), call.like.new_empty(rows)
+    return *_empty_outputs(q, k, v, see), _empty_kept(call)
 
 
 @torch.library.custom_op("vit_attn::blocks_backward", mutates_args=())
@@ -194,11 +228,10 @@ def _backward(
         (gradient if part is None else gradient[:, :, :first]).zero_()
     d_alphas = None if alphas is None else call.like.new_zeros(q.shape[1])
     if part is not None:
-        for chunk in call.chunks(part):
-            buffer = _buffer(kept, call, chunk)
-            RegroupedChunk(call, part, chunk).backward(buffer, d_out, d_seen, gradients, d_alphas)
+        for chunk in call.chunks(part.length * part.pitch):
+            _RegroupedChunk(call, part, chunk).backward(d_out, d_seen, kept, gradients, d_alphas)
     for rows in call.plan.rows:
-        for chunk in call.chunks(rows):
+        for chunk in call.chunks(rows.scores):
             _RowsChunk(call, rows, chunk).backward(d_out, d_seen, gradients, d_alphas)
     return dq, dk, dv, call.like if d_alphas is None else d_alphas
 

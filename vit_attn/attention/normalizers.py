@@ -32,7 +32,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 @torch.library.custom_op("vit_attn::entmax", mutates_args=())
 def _entmax(x: Tensor, alpha: float, alphas: Tensor | None) -> Tensor:
     """Rows x (R, K) to weights; ``alphas`` (R, 1) stands in for ``alpha``."""
-    return kernels.normalize(x, alpha if alphas is None else alphas, torch.empty_like(x))
+    return kernels.normalize_rows(x, kernels.excess(alpha if alphas is None else alphas, x))
 
 
 @_entmax.register_fake
@@ -43,9 +43,8 @@ def _(x: Tensor, alpha: float, alphas: Tensor | None) -> Tensor:
 @torch.library.custom_op("vit_attn::entmax_backward", mutates_args=())
 def _entmax_backward(p: Tensor, g: Tensor, alpha: float, alphas: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gradients to x (R, K) and to ``alphas`` (R, 1), empty without."""
-    g = g.contiguous()
-    d_x = kernels.scores_gradient(p, g, alpha if alphas is None else alphas, torch.empty_like(p))
-    return d_x, p.new_empty(0) if alphas is None else kernels.alpha_gradient(p, g, alphas)
+    e = kernels.excess(alpha if alphas is None else alphas, p)
+    return kernels.rows_gradient(p, g.contiguous(), e, to_alpha=alphas is not None)
 
 
 @_entmax_backward.register_fake

@@ -1,279 +1,268 @@
 """The patch queries of some heads: the components of a pattern as batched products over strided views of buffers.
 
-q, k, v are copied into buffers whose rows follow the plan, with empty rows between heads, so that every block, every
-window of keys around a block of queries and every window of queries around a block of keys is a strided view.
+q, k, v are laid into buffers whose rows follow the plan, with empty rows between heads, so that every block, every
+window of keys around a block of queries and every window of queries around a block of keys is a strided view. What
+lies between the products is a few passes over the scores, which ``torch.compile`` makes of these lines.
+
+Below, C heads are computed together, T patch tokens each; x (C, T, D) are their queries, keys, values or gradients.
 """
 
-from functools import lru_cache
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vit_attn.attention import kernels
 from vit_attn.attention.blocks import Regrouped
-from vit_attn.attention.call import Call, Chunk, wide
+from vit_attn.attention.compiled import compiled
+from vit_attn.attention.kernels import Excess
 
-View = tuple[tuple[int, ...], tuple[int, ...], int]  # sizes, strides, offset
+
+def _to_classes(part: Regrouped, x: Tensor) -> Tensor:
+    """(C, T, D) → (C, step, n, D): the tokens of each residue class, filled up with zeros."""
+    x = F.pad(x, (0, 0, 0, part.step * part.class_size - part.tokens))
+    return x.unflatten(1, (part.class_size, part.step)).transpose(1, 2)
 
 
-class _Geometry:
-    """Views over the buffers of C heads: C · L rows after ``pad`` empty ones.
+def _from_classes(part: Regrouped, x: Tensor) -> Tensor:
+    """(C, step, n, D) → (C, T, D)."""
+    return x.transpose(1, 2).flatten(1, 2)[:, : part.tokens]
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """One of q, k, v or the output's gradient, as the components need it."""
+
+    buffer: Tensor  # (pad + C · L, D)
+    classes: Tensor | None  # (C · step, n, D)
+
+    @classmethod
+    def of(cls, part: Regrouped, x: Tensor) -> "_Operand":
+        """Lay out x (C, T, D)."""
+        grouped = _to_classes(part, x) if part.classes or part.layout.regroup else None
+        if part.layout.regroup:
+            assert grouped is not None
+            x = grouped.flatten(1, 2)
+        rows = F.pad(x, (0, 0, 0, part.length - x.shape[1])).flatten(0, 1)
+        classes = None if grouped is None or not part.classes else grouped.flatten(0, 1)
+        return cls(F.pad(rows, (0, 0, part.pad, 0)), classes)
+
+
+class _Views:
+    """Strided views over the buffers of C heads.
 
     The empty rows after the last head make no blocks, so that no window reaches past the end.
     """
 
     def __init__(self, part: Regrouped, heads: int) -> None:
         self.part, self.heads = part, heads
-        self.num_rows = heads * part.length
-        self.num_blocks = (self.num_rows - part.pad) // part.block
-        # Weights of the band: by blocks of queries, and by blocks of keys, transposed.
-        b, K, pitch, first = part.block, part.window, part.pitch, part.pad * part.pitch + part.band_start
-        row = pitch - part.slanted
-        start = first + part.slanted * (b - 1)
-        self.by_queries: View = (self.num_blocks, b, K), (b * pitch, row, 1), start
-        start += part.slanted * (part.before - part.after * row)
-        self.by_keys: View = (self.num_blocks, b, K), (b * pitch, 1, row), start
-        # Scores of the band, as they stand in rows: slanted rows begin before a block's first score.
-        self.slack = part.slanted * (b - 1)
-        self.num_scores = self.num_rows * K
-        self.placed: View = (heads, part.length // b, b, part.width), (part.length * K, b * K, K + part.slanted, 1), 0
+        self.num_blocks = (heads * part.length - part.pad) // part.block
 
-    def rows(self, buffer: Tensor) -> Tensor:
-        """(C, L, D) of a buffer."""
-        return buffer[self.part.pad :].view(self.heads, self.part.length, -1)
+    def rows(self, x: _Operand) -> Tensor:
+        """(C, L, D)."""
+        return x.buffer[self.part.pad :].unflatten(0, (self.heads, self.part.length))
 
-    def windows(self, buffer: Tensor, before: int) -> Tensor:
-        """(blocks, K, D): rows around each block, from ``before`` rows before it."""
-        part, dim = self.part, buffer.shape[1]
+    def blocks(self, x: _Operand) -> Tensor:
+        """(blocks, b, D): each block's own rows."""
+        part, dim = self.part, x.buffer.shape[1]
+        return x.buffer.as_strided((self.num_blocks, part.block, dim), (part.block * dim, dim, 1), part.pad * dim)
+
+    def _windows(self, x: _Operand, before: int) -> Tensor:
+        part, dim = self.part, x.buffer.shape[1]
         size, stride = (self.num_blocks, part.window, dim), (part.block * dim, dim, 1)
-        return buffer.as_strided(size, stride, (part.pad - before) * dim)
+        return x.buffer.as_strided(size, stride, (part.pad - before) * dim)
 
-    def multiply(self, weights: Tensor, view: View, windows: Tensor) -> Tensor:
-        """Weighted sums of the windows: (C, L, D)."""
+    def around_queries(self, x: _Operand) -> Tensor:
+        """(blocks, K, D): the keys of each block of queries."""
+        return self._windows(x, self.part.before)
+
+    def around_keys(self, x: _Operand) -> Tensor:
+        """(blocks, K, D): the queries of each block of keys."""
+        return self._windows(x, self.part.after)
+
+    def placed(self, scores: Tensor) -> Tensor:
+        """(C, L, W): scores (blocks, b, K) as they stand in rows; slanted rows begin before a block's first score."""
         part = self.part
-        out = windows.new_empty(self.num_rows, windows.shape[-1])
-        blocks = out[: self.num_rows - part.pad].view(self.num_blocks, part.block, -1)
-        size, stride, start = view
-        torch.bmm(weights.as_strided(size, stride, weights.storage_offset() + start), windows, out=blocks)
-        return out.view(self.heads, part.length, -1)
+        b, K, W = part.block, part.window, part.width
+        slack = part.slanted * (b - 1)
+        flat = F.pad(scores.flatten(), (slack, W - K + part.pad * K))
+        size, stride = (self.heads, part.length // b, b, W), (part.length * K, b * K, K + part.slanted, 1)
+        return flat.as_strided(size, stride).flatten(1, 2)
+
+    def band(self, rows: Tensor) -> Tensor:
+        """(blocks, b, K): the band's weights of each block of queries, in rows (C, L, pitch)."""
+        part = self.part
+        size = (self.num_blocks, part.block, part.window)
+        start = part.band_start + part.slanted * (part.block - 1)
+        return rows.as_strided(size, (part.block * part.pitch, part.pitch - part.slanted, 1), start)
+
+    def band_of_keys(self, rows: Tensor) -> Tensor:
+        """(blocks, b, K): those of each block of keys, transposed."""
+        part = self.part
+        size, row = (self.num_blocks, part.block, part.window), part.pitch - part.slanted
+        start = part.band_start + part.slanted * (part.block - 1)
+        if part.slanted:
+            start += part.before - part.after * row + part.after * part.pitch
+            if part.after:  # the queries before the first head's first key
+                rows = F.pad(rows.flatten(), (part.after * part.pitch, 0))
+        return rows.as_strided(size, (part.block * part.pitch, 1, row), start)
+
+    def classes(self, rows: Tensor) -> Tensor:
+        """(C · step, n, n): the classes' weights in rows (C, L, pitch)."""
+        part = self.part
+        grid = rows[:, : part.step * part.class_size, : part.class_size].unflatten(1, (part.class_size, part.step))
+        return grid.transpose(1, 2).flatten(0, 1)
+
+    def products(self, queries: _Operand, keys: _Operand, columns: Tensor) -> Tensor:
+        """Rows (C, L, pitch) of the products of queries with their keys, of forbidden ones too."""
+        part = self.part
+        components = []
+        if part.classes:
+            assert queries.classes is not None
+            assert keys.classes is not None
+            scores = torch.bmm(queries.classes, keys.classes.mT).unflatten(0, (self.heads, part.step))
+            scores = scores.transpose(1, 2).flatten(1, 2)  # (C, step · n, n)
+            components.append(F.pad(scores, (0, 0, 0, part.length - scores.shape[1])))
+        if part.num_columns:
+            components.append(torch.bmm(self.rows(queries), columns.mT))
+        components.append(self.placed(torch.bmm(self.blocks(queries), self.around_queries(keys).mT)))
+        return torch.cat(components, -1)
+
+    def tokens(self, blocks: Tensor, classes: Tensor | None, columns: Tensor | None) -> Tensor:
+        """Sum what came of the components: (C, T, D)."""
+        part = self.part
+        rows = F.pad(blocks.flatten(0, 1), (0, 0, 0, part.pad)).unflatten(0, (self.heads, part.length))
+        if columns is not None:
+            rows = rows + columns
+        if part.layout.regroup:
+            grouped = rows[:, : part.step * part.class_size].unflatten(1, (part.step, part.class_size))
+            return _from_classes(part, grouped)
+        rows = rows[:, : part.tokens]
+        return rows if classes is None else rows + _from_classes(part, classes.unflatten(0, (-1, part.step)))
+
+    def to_queries(self, weights: Tensor, keys: _Operand, columns: Tensor) -> Tensor:
+        """Sum keys by the weights (C, L, pitch) of each query: (C, T, D)."""
+        part = self.part
+        return self.tokens(
+            torch.bmm(self.band(weights), self.around_queries(keys)),
+            torch.bmm(self.classes(weights), keys.classes) if keys.classes is not None else None,
+            torch.bmm(weights[..., part.key_columns], columns) if part.num_columns else None,
+        )
+
+    def to_keys(self, weights: Tensor, queries: _Operand) -> tuple[Tensor, Tensor]:
+        """Sum queries by the weights that they give to each key: (C, T, D), and to each column: (C, M, D)."""
+        part = self.part
+        tokens = self.tokens(
+            torch.bmm(self.band_of_keys(weights), self.around_keys(queries)),
+            torch.bmm(self.classes(weights).mT, queries.classes) if queries.classes is not None else None,
+            None,
+        )
+        rows = self.rows(queries)
+        if not part.num_columns:
+            return tokens, rows[:, :0]
+        return tokens, torch.bmm(weights[..., part.key_columns].mT, rows)
 
 
-@lru_cache(maxsize=256)
-def _geometry(part: Regrouped, heads: int) -> _Geometry:
-    return _Geometry(part, heads)
+@dataclass(frozen=True)
+class _Heads:
+    """q, k, v of some heads, in the working dtype."""
+
+    q: _Operand
+    k: _Operand
+    v: _Operand
+    k_columns: Tensor  # (C, M, D)
+    v_columns: Tensor
+
+    @classmethod
+    def of(cls, part: Regrouped, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, scale: float) -> "_Heads":
+        """Lay out q, k, v (Cb, Ch, N, D)."""
+        q, k, v = (x.to(dtype).flatten(0, 1) for x in (q, k, v))
+        operands = (_Operand.of(part, x[:, part.prefix :]) for x in (q * scale, k, v))
+        return cls(*operands, k[:, part.columns], v[:, part.columns])
 
 
-def _spread(dst: Tensor, src: Tensor, step: int) -> None:
-    """Copy tokens (C, T, D) to classes (C, step, n, D), the last of which may be one short."""
-    whole, rest = divmod(src.shape[1], step)
-    dst[:, :, :whole].copy_(src[:, : whole * step].unflatten(1, (whole, step)).transpose(1, 2))
-    if rest:
-        dst[:, :rest, whole].copy_(src[:, whole * step :])
-        dst[:, rest:, whole].zero_()
-
-
-def _gather(dst: Tensor, src: Tensor, step: int) -> None:
-    """Add classes (C, step, n, D) to tokens (C, T, D)."""
-    whole, rest = divmod(dst.shape[1], step)
-    dst[:, : whole * step].unflatten(1, (whole, step)).add_(src[:, :, :whole].transpose(1, 2))
-    if rest:
-        dst[:, whole * step :].add_(src[:, :rest, whole])
-
-
-def _place(scores: Tensor, bound: Tensor | None, target: Tensor) -> None:
-    if bound is None:
-        target.copy_(scores)
-    else:
-        torch.minimum(scores, bound, out=target)
-
-
-class _Operand:
-    """One of q, k, v or the output's gradient, as the components need it.
+@compiled
+def forward(
+    part: Regrouped,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    e: Excess,
+    scale: float,
+    keep: Tensor | None,
+    bounds: Tensor,
+    out: Tensor,
+    kept: Tensor,
+    thorough: bool = False,
+) -> Tensor:
+    """Attention of the patch queries of C = Cb · Ch heads.
 
     Args:
-        x: patch tokens (Cb, Ch, T, D); they are multiplied by ``scale``.
-        columns: (C, M, D), the keys of all queries; None where x is not the keys' side.
+        q, k, v: (Cb, Ch, N, D).
+        e: the normalizer, see ``kernels.attempt``; (C, 1, 1) where each head has its own.
+        scale: factor on the scores.
+        keep: (C, L, pitch), what dropout multiplies the weights by.
+        bounds: (L, pitch), see ``Regrouped.bounds``.
+        out: gets the outputs (Cb, Ch, T, D).
+        kept: gets the weights (C, L, pitch), before dropout.
+        thorough: see ``kernels.attempt``.
+
+    Returns:
+        ``kernels.attempt``'s error.
     """
-
-    def __init__(self, geometry: _Geometry, x: Tensor, like: Tensor, scale: float, columns: Tensor | None) -> None:
-        part = geometry.part
-        self.geometry, self.columns = geometry, columns
-        self.buffer = like.new_empty(part.pad + geometry.num_rows, x.shape[-1])
-        self.buffer[: part.pad] = 0
-        self.rows = geometry.rows(self.buffer)
-        self.rows[:, part.tokens :] = 0
-        if part.layout.regroup:
-            grouped = self.rows[:, : part.step * part.class_size].unflatten(1, (part.step, -1))
-            _spread(grouped, x.flatten(0, 1), part.step)
-            if scale != 1.0:
-                self.rows.mul_(scale)
-        else:
-            tokens = self.rows[:, : part.tokens].view(x.shape)
-            if scale != 1.0 and x.dtype == tokens.dtype:
-                torch.mul(x, scale, out=tokens)
-            else:
-                tokens.copy_(x)
-                if scale != 1.0:
-                    tokens.mul_(scale)
-        if part.classes:
-            classes = like.new_empty(geometry.heads, part.step, part.class_size, x.shape[-1])
-            _spread(classes, self.rows[:, : part.tokens], part.step)
-            self.classes = classes.flatten(0, 1)  # (C · step, n, D)
-
-    def blocks(self) -> Tensor:
-        """(blocks, b, D): each block's own rows."""
-        part, geometry = self.geometry.part, self.geometry
-        rows = self.buffer[part.pad : geometry.num_rows]
-        return rows.view(geometry.num_blocks, part.block, -1)
-
-    def around_queries(self) -> Tensor:
-        """(blocks, K, D): the keys of each block of queries."""
-        return self.geometry.windows(self.buffer, self.geometry.part.before)
-
-    def around_keys(self) -> Tensor:
-        """(blocks, K, D): the queries of each block of keys."""
-        return self.geometry.windows(self.buffer, self.geometry.part.after)
+    x = _Heads.of(part, bounds.dtype, q, k, v, scale)
+    views = _Views(part, kept.shape[0])
+    weights, error = kernels.attempt(torch.minimum(views.products(x.q, x.k, x.k_columns), bounds), e, thorough)
+    kept.copy_(weights)
+    result = views.to_queries(weights if keep is None else weights * keep, x.v, x.v_columns)
+    out.copy_(result.view(out.shape))
+    return error
 
 
-class RegroupedChunk:
-    """Patch queries of one chunk of heads."""
+@compiled
+def backward(
+    part: Regrouped,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    e: Excess,
+    scale: float,
+    keep: Tensor | None,
+    weights: Tensor,
+    d_out: Tensor,
+    d_weights: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`forward`.
 
-    def __init__(self, call: Call, part: Regrouped, chunk: Chunk) -> None:
-        self.call, self.part, self.chunk = call, part, chunk
-        images, heads, *_ = call.q[chunk].shape
-        self.geometry = _geometry(part, images * heads)
-        self.q = self.operand(call.q, scale=call.scale)
-        self.k, self.v = (self.operand(x, columns=True) for x in (call.k, call.v))
+    Args:
+        weights: (C, L, pitch), what it kept.
+        d_out: (Cb, Ch, T, D).
+        d_weights: (C, L, pitch), to the weights after dropout, where they were looked at.
+        dq, dk, dv: get the gradients to the patch tokens (Cb, Ch, T, D).
 
-    def operand(self, x: Tensor, scale: float = 1.0, columns: bool = False) -> _Operand:
-        """Load the patch tokens of x (B, H, N, D)."""
-        part, x = self.part, x[self.chunk]
-        taken = wide(x[:, :, part.columns], self.call.dtype) if columns and part.num_columns else None
-        return _Operand(self.geometry, x[:, :, part.prefix :], self.call.like, scale, taken)
-
-    def products(self, queries: _Operand, keys: _Operand, bounded: bool) -> Tensor:
-        """Rows (C, L, pitch) of the products of queries and keys; where ``bounded``, forbidden ones are the lowest."""
-        part, geometry, like = self.part, self.geometry, self.call.like
-        bounds = part.bounds(like.dtype) if bounded else (None, None, None)
-        rows = like.new_empty(geometry.heads, part.length, part.pitch)
-
-        # The scores that no product fills are read too, and must be numbers.
-        flat = like.new_empty(geometry.slack + geometry.num_scores + part.width - part.window)
-        filled = geometry.slack + geometry.num_blocks * part.block * part.window
-        flat[: geometry.slack] = 0
-        flat[filled:] = 0
-        blocks = flat[geometry.slack : filled].view(-1, part.block, part.window)
-        torch.bmm(queries.blocks(), keys.around_queries().mT, out=blocks)
-        placed = rows[..., part.band_start :].unflatten(1, (-1, part.block))
-        _place(flat.as_strided(*geometry.placed), bounds[2], placed)
-        if part.classes:
-            classes = torch.bmm(queries.classes, keys.classes.mT).unflatten(0, (geometry.heads, part.step))
-            _place(classes, bounds[0], self.classes_of(rows))
-            rows[:, part.step * part.class_size :, part.class_columns] = kernels.lowest(like.dtype) if bounded else 0
-        if keys.columns is not None:
-            _place(torch.bmm(queries.rows, keys.columns.mT), bounds[1], rows[..., part.key_columns])
-        return rows
-
-    def classes_of(self, rows: Tensor) -> Tensor:
-        """(C, step, n, n): the places of the classes in rows (C, L, pitch)."""
-        part = self.part
-        grid = rows[:, : part.step * part.class_size, part.class_columns]
-        return grid.unflatten(1, (part.class_size, part.step)).transpose(1, 2)
-
-    def copy_classes(self, weights: Tensor) -> Tensor | None:
-        """(C · step, n, n): the weights of the classes in a buffer of rows; None without classes."""
-        if not self.part.classes:
-            return None
-        return self.classes_of(self.geometry.rows(weights)).contiguous().flatten(0, 1)
-
-    def to_queries(self, weights: Tensor, classes: Tensor | None, keys: _Operand) -> Tensor:
-        """Sum keys by the weights of each query: (C, L, D)."""
-        geometry = self.geometry
-        out = geometry.multiply(weights, geometry.by_queries, keys.around_queries())
-        if keys.columns is not None:
-            out.baddbmm_(geometry.rows(weights)[..., self.part.key_columns], keys.columns)
-        if classes is not None:
-            self.add_classes(out, torch.bmm(classes, keys.classes))
-        return out
-
-    def to_keys(self, weights: Tensor, classes: Tensor | None, queries: _Operand) -> Tensor:
-        """Sum queries by the weights that they give to each key of band and classes: (C, L, D)."""
-        out = self.geometry.multiply(weights, self.geometry.by_keys, queries.around_keys())
-        if classes is not None:
-            self.add_classes(out, torch.bmm(classes.mT, queries.classes))
-        return out
-
-    def add_classes(self, out: Tensor, classes: Tensor) -> None:
-        """Add what came of the classes to rows (C, L, D)."""
-        part = self.part
-        _gather(out[:, : part.tokens], classes.unflatten(0, (-1, part.step)), part.step)
-
-    def put(self, target: Tensor, rows: Tensor) -> None:
-        """Write rows (C, L, D) to the patch tokens of ``target`` (B, H, N, D)."""
-        part = self.part
-        patches = target[self.chunk][:, :, part.prefix :]
-        if part.layout.regroup:
-            tokens = rows.new_zeros(rows.shape[0], part.tokens, rows.shape[2])
-            _gather(tokens, rows[:, : part.step * part.class_size].unflatten(1, (part.step, -1)), part.step)
-        else:
-            tokens = rows[:, : part.tokens]
-        patches.copy_(tokens.view(patches.shape))
-
-    def dropped(self, buffer: Tensor, keep: Tensor | None) -> Tensor:
-        """Buffer of the weights that dropout leaves."""
-        if keep is None:
-            return buffer
-        weights = buffer.clone()
-        self.geometry.rows(weights).mul_(keep)
-        return weights
-
-    def forward(self, buffer: Tensor, out: Tensor, seen: Tensor | None) -> None:
-        """Fill the rows of ``buffer`` with weights, and the patch tokens of ``out`` and ``seen``."""
-        part, call = self.part, self.call
-        scores = self.products(self.q, self.k, bounded=True)
-        rows = self.geometry.rows(buffer)
-        kernels.normalize(scores.flatten(0, 1), call.alpha_of(self.chunk, part.length), rows.flatten(0, 1))
-        weights = self.dropped(buffer, call.keep(rows))
-        self.put(out, self.to_queries(weights, self.copy_classes(weights), self.v))
-        if seen is not None:
-            places, entries = part.entries
-            values = self.geometry.rows(weights).flatten(1)[:, places]
-            seen[self.chunk].flatten(0, 1).flatten(1)[:, entries] = values
-
-    def backward(
-        self,
-        buffer: Tensor,
-        d_out: Tensor,
-        d_seen: Tensor | None,
-        gradients: tuple[Tensor, Tensor, Tensor],
-        d_alphas: Tensor | None,
-    ) -> None:
-        """Fill the patch tokens of ``gradients`` to q, k, v (B, H, N, D), add to their columns and to ``d_alphas``."""
-        part, call, geometry = self.part, self.call, self.geometry
-        rows = geometry.rows(buffer)
-        g = self.operand(d_out)
-        d_weights = self.products(g, self.v, bounded=False)
-        if d_seen is not None:
-            places, entries = part.entries
-            d_weights.flatten(1)[:, places] += d_seen[self.chunk].flatten(0, 1).flatten(1)[:, entries]
-        keep = call.keep(rows)
-        weights = self.dropped(buffer, keep)
-        if keep is not None:
-            d_weights.mul_(keep)
-        d_scores = torch.empty_like(buffer)
-        d_scores[: part.pad] = 0
-        p, g_rows, alpha = rows.flatten(0, 1), d_weights.flatten(0, 1), call.alpha_of(self.chunk, part.length)
-        kernels.scores_gradient(p, g_rows, alpha, geometry.rows(d_scores).flatten(0, 1))
-        if d_alphas is not None:
-            call.add_alpha_gradient(d_alphas, self.chunk, p, g_rows, alpha)
-
-        classes, d_classes = self.copy_classes(weights), self.copy_classes(d_scores)
-        dq, dk, dv = gradients
-        self.put(dq, self.to_queries(d_scores, d_classes, self.k).mul_(call.scale))
-        self.put(dk, self.to_keys(d_scores, d_classes, self.q))
-        self.put(dv, self.to_keys(weights, classes, g))
-        if part.num_columns:
-            for gradient, values, queries in ((dk, d_scores, self.q), (dv, weights, g)):
-                columns = torch.bmm(geometry.rows(values)[..., part.key_columns].mT, queries.rows)
-                target = gradient[self.chunk]
-                target.index_add_(2, part.columns, columns.view(*target.shape[:2], *columns.shape[1:]))
+    Returns:
+        What the columns get of the gradients to k and v (C, M, D), and the gradient to each row's α (C, L, 1), empty
+        where heads share one.
+    """
+    x = _Heads.of(part, weights.dtype, q, k, v, scale)
+    g = _Operand.of(part, d_out.to(weights.dtype).flatten(0, 1))
+    views = _Views(part, weights.shape[0])
+    gradient = views.products(g, x.v, x.v_columns)
+    if d_weights is not None:
+        gradient = gradient + d_weights
+    left = weights
+    if keep is not None:
+        gradient, left = gradient * keep, weights * keep
+    d_scores = kernels.scores_gradient(weights, gradient, e)
+    per_head = isinstance(e, Tensor) and e.dim() == 3
+    d_alpha = kernels.alpha_gradient(weights, gradient, e) if per_head else weights.new_empty(0)
+    dq.copy_((views.to_queries(d_scores, x.k, x.k_columns) * scale).view(dq.shape))
+    to_keys, dk_columns = views.to_keys(d_scores, x.q)
+    dk.copy_(to_keys.view(dk.shape))
+    to_values, dv_columns = views.to_keys(left, g)
+    dv.copy_(to_values.view(dv.shape))
+    return dk_columns, dv_columns, d_alpha
