@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vit_attn import __version__
 from vit_attn.attention import attention_layers
+from vit_attn.attention.blocks import make_plan
 
 
 @torch.no_grad()
@@ -18,7 +19,7 @@ def model_cost(net: nn.Module, image_size: int, in_chans: int = 3) -> dict[str, 
     """Count the cost of one image's forward pass.
 
     Returns:
-        ``parameters``; ``flops``: multiplications and additions, dense attention; ``attention_flops``: its two
+        ``parameters``; ``flops``: multiplications and additions, as computed; ``attention_flops``: attention's two
         products among them; ``flops_by_entries``: what is left when forbidden entries cost nothing; ``entries``,
         ``sparsity``: allowed entries and share of forbidden ones, per layer; ``layers``: mechanism and
         implementation, per layer.
@@ -34,9 +35,10 @@ def model_cost(net: nn.Module, image_size: int, in_chans: int = 3) -> dict[str, 
     for layer in layers:
         pattern = layer.pattern()
         assert pattern is not None
-        products = 4 * pattern.size**2 * layer.attn_dim
-        attention_flops += products
-        allowed_flops += products * (1 - pattern.sparsity)
+        blocks = layer.chosen_implementation() == "blocks"
+        scores = make_plan(pattern, device).scores if blocks else pattern.size**2
+        attention_flops += 4 * scores * layer.attn_dim
+        allowed_flops += 4 * pattern.entries * layer.attn_dim
         entries.append(pattern.entries)
         sparsity.append(pattern.sparsity)
     flops = counter.get_total_flops()

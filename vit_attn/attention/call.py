@@ -21,11 +21,11 @@ def _chunks(batch: int, heads: int, entries: int) -> Iterator[Chunk]:
     All have the same size, so that one compiled kernel does for them, but for the last where B is no multiple.
     """
     together = max(1, _CHUNK_ENTRIES // entries)
+    images, step = 1, heads
     if together >= heads:
         images = min(batch, together // heads)
     else:
-        images, heads_at_once = 1, max(size for size in range(1, together + 1) if heads % size == 0)
-    step = heads if together >= heads else heads_at_once
+        step = max(size for size in range(1, together + 1) if heads % size == 0)
     for image in range(0, batch, images):
         for head in range(0, heads, step):
             yield slice(image, image + images), slice(head, head + step)
@@ -69,7 +69,7 @@ class Call:
 
     def chunks(self, entries: int) -> Iterator[Chunk]:
         """Heads that are computed together, given the entries of one."""
-        return _chunks(*self.q.shape[:2], entries)
+        return _chunks(self.q.shape[0], self.q.shape[1], entries)
 
     def excess(self, chunk: Chunk, rows: int | None = None) -> kernels.Excess:
         """The normalizer of a chunk's heads: (C, 1, 1), or (C · rows, 1) for ``rows`` rows of each."""

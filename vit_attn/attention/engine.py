@@ -15,16 +15,13 @@ from torch.utils.flop_counter import register_flop_formula
 from vit_attn.attention import kernels, regrouped
 from vit_attn.attention.blocks import Plan, Regrouped, Rows, make_plan, whole_plan
 from vit_attn.attention.call import Call, Chunk, wide
-from vit_attn.attention.patterns import Pattern
-
-# The operators take no objects, so patterns go by their text, which is the same in every process.
-_patterns: dict[str, Pattern] = {}
+from vit_attn.attention.patterns import MADE, Pattern
 
 
 def _plan(pattern: str, q: Tensor, k: Tensor) -> Plan:
     if not pattern:
         return whole_plan(q.shape[-2], k.shape[-2])
-    return make_plan(_patterns[pattern], q.device)
+    return make_plan(MADE[pattern], q.device)
 
 
 class _RegroupedChunk:
@@ -321,10 +318,7 @@ def blocks(
     Returns:
         (B, H, N, D) in v's dtype, and (B, H, N, N) or None.
     """
-    name = ""
-    if pattern is not None:
-        name = repr(pattern)
-        _patterns.setdefault(name, pattern)
+    name = "" if pattern is None else pattern.key
     # Drawn from torch's generator and kept, so that the backward pass drops the same weights.
     seed = torch.randint(2**62, ()) if dropout > 0 else None
     alphas = alpha if isinstance(alpha, Tensor) else None

@@ -13,15 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vit_attn.attention.blocks import make_plan
 from vit_attn.attention.engine import blocks
 from vit_attn.attention.names import unknown_name
 from vit_attn.attention.normalizers import ALPHAS, NORMALIZERS, check_alpha, check_normalizer
 from vit_attn.attention.patterns import Full, Pattern, make_pattern
 
 
+def _is_full(pattern: Pattern | None) -> bool:
+    return pattern is None or (isinstance(pattern, Full) and not pattern.causal)
+
+
 def allowed_mask(pattern: Pattern | None, device: torch.device) -> Tensor | None:
     """(N, N) bool of what ``pattern`` allows, kept with the pattern; None where nothing is forbidden."""
-    if pattern is None or (isinstance(pattern, Full) and not pattern.causal):
+    if pattern is None or _is_full(pattern):
         return None
     mask = pattern.masks.get(device)
     if mask is None:
@@ -47,6 +52,8 @@ def _dense(
         mask = allowed_mask(pattern, q.device)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
+        if isinstance(alpha, Tensor):
+            alpha = alpha[:, None, None]
         weights = NORMALIZERS[normalizer](scores, alpha)
         if attn_drop is not None:
             weights = attn_drop(weights)
@@ -83,6 +90,7 @@ def _blocks(
 ) -> tuple[Tensor, Tensor | None]:
     """The sparse engine: allowed entries alone, see :mod:`vit_attn.attention.engine`."""
     known = ALPHAS[normalizer]
+    pattern = None if _is_full(pattern) else pattern
     dropout = attn_drop.p if attn_drop is not None and attn_drop.training else 0.0
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     return blocks(q, k, v, pattern, alpha if known is None else known, factor, dropout, return_weights)
@@ -95,8 +103,38 @@ IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
 }
 
 
-def choose_implementation(implementation: str, normalizer: str, *, return_weights: bool = False) -> str:
+# `auto` takes the engine where it computes at most this share of the N x N scores; measured, see docs/benchmarks.md.
+_MOST_SCORES = 1 / 3
+# On a GPU a fused kernel has more of a lead, and this is a guess until it is measured.
+_MOST_SCORES_ON_GPU = 1 / 8
+# Above so many keys the dense scores of a normalizer other than softmax take too much memory: the engine's do not.
+_MOST_DENSE_KEYS = 1024
+
+
+def _choose(normalizer: str, pattern: Pattern | None, device: torch.device, num_keys: int) -> str:
+    if normalizer in ALPHAS:
+        if pattern is not None and pattern.layout() is not None:
+            most = _MOST_SCORES if device.type == "cpu" else _MOST_SCORES_ON_GPU
+            if make_plan(pattern, device).scores <= most * pattern.size**2:
+                return "blocks"
+        if normalizer != "softmax" and num_keys > _MOST_DENSE_KEYS:
+            return "blocks"
+    return "fused" if normalizer == "softmax" else "dense"
+
+
+def choose_implementation(
+    implementation: str,
+    normalizer: str,
+    pattern: Pattern | None = None,
+    *,
+    device: torch.device | None = None,
+    num_keys: int = 0,
+    return_weights: bool = False,
+) -> str:
     """Resolve ``auto``, and refuse what an implementation cannot do.
+
+    Args:
+        pattern, device, num_keys: what ``auto`` decides by, see ``docs/benchmarks.md``.
 
     Returns:
         A key of :data:`IMPLEMENTATIONS`.
@@ -105,13 +143,17 @@ def choose_implementation(implementation: str, normalizer: str, *, return_weight
         ValueError: an unknown name, or a case that the implementation does not take.
     """
     if implementation == "auto":
-        return "fused" if normalizer == "softmax" and not return_weights else "dense"
+        if return_weights:
+            return "dense"
+        return _choose(normalizer, pattern, device or torch.device("cpu"), num_keys)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(unknown_name("implementation", implementation, ["auto", *IMPLEMENTATIONS]))
     if implementation == "fused" and normalizer != "softmax":
         raise ValueError(f"implementation 'fused' computes softmax only, not {normalizer!r}: use 'auto' or 'dense'")
     if implementation == "fused" and return_weights:
         raise ValueError("implementation 'fused' never forms the weights: use 'auto' or 'dense' to see them")
+    if implementation == "blocks" and normalizer not in ALPHAS:
+        raise ValueError(f"implementation 'blocks' computes softmax and entmax, not {normalizer!r}: use 'dense'")
     return implementation
 
 
@@ -167,7 +209,7 @@ def attention(
             tokens in a square grid; None allows every key.
         alpha: for ``entmax`` only: a number in (1, 2], or a tensor of shape (H,), which then gets a gradient.
         scale: factor on the scores; default D^-0.5.
-        implementation: auto, dense or fused.
+        implementation: auto, dense, fused or blocks.
         attn_drop: dropout on the weights, acting when it is in training mode.
         return_weights: return the weights beside the output, (B, H, N, N), after dropout; rows sum to 1 without it.
 
@@ -178,7 +220,6 @@ def attention(
         ValueError: names, shapes, α or an implementation that do not fit.
     """
     check_normalizer(normalizer)
-    chosen = choose_implementation(implementation, normalizer, return_weights=return_weights)
     if isinstance(pattern, str):
         pattern = make_pattern(pattern, num_tokens=q.shape[-2])
     if pattern is not None and not q.shape[-2] == k.shape[-2] == pattern.size:
@@ -187,9 +228,12 @@ def attention(
         if isinstance(alpha, Tensor):
             if alpha.numel() not in (1, q.shape[1]):
                 raise ValueError(f"alpha has {alpha.numel()} values for {q.shape[1]} heads")
-            alpha = alpha.reshape(-1, 1, 1) if chosen != "blocks" else alpha.reshape(-1).expand(q.shape[1])  # (H, 1, 1)
+            alpha = alpha.reshape(-1).expand(q.shape[1])
         else:
             check_alpha(alpha)
+    chosen = choose_implementation(
+        implementation, normalizer, pattern, device=q.device, num_keys=k.shape[-2], return_weights=return_weights
+    )
     out, weights = IMPLEMENTATIONS[chosen](q, k, v, normalizer, pattern, alpha, scale, attn_drop, return_weights)
     if not return_weights:
         return out

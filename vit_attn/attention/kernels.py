@@ -112,7 +112,9 @@ def alpha_gradient(p: Tensor, g: Tensor, e: Tensor) -> Tensor:
     return (g * rate).sum(-1, keepdim=True)
 
 
-_attempt_rows, _scores_gradient_rows, _alpha_gradient_rows = map(compiled, (attempt, scores_gradient, alpha_gradient))
+_attempt_rows = compiled(attempt)
+_scores_gradient_rows = compiled(scores_gradient)
+_alpha_gradient_rows = compiled(alpha_gradient)
 
 
 def normalize_rows(x: Tensor, e: Excess) -> Tensor:

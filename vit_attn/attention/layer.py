@@ -83,6 +83,7 @@ class Attention(nn.Module):
         self._grid = (grid,)
         # The pattern last used and what it was made for: a plain attribute check, which torch.compile can trace.
         self._laid: tuple[tuple[int, int], Pattern | None] = ((0, 0), None)
+        self._chosen: tuple[object, str] = (None, "")
         self.observer: Observer | None = None
         if mechanism.learnable_alpha:
             self.alpha_logit = nn.Parameter(self._initial_alpha_logit())
@@ -131,13 +132,20 @@ class Attention(nn.Module):
             self._laid = (height, width), _lay(self.mechanism, self.num_prefix_tokens, (height, width))
         return self._laid[1]
 
-    def chosen_implementation(self) -> str:
-        """Which implementation runs when nobody looks at the weights."""
-        # timm's own switch: its users turn it off to hook the weights behind attn_drop.
+    def chosen_implementation(self, size: int | None = None) -> str:
+        """Which implementation runs when nobody looks at the weights, for N tokens (default: what the grid holds)."""
+        pattern = self.pattern(size)
         asked = self.mechanism.implementation
+        # timm's own switch: its users turn it off to hook the weights behind attn_drop.
         if asked == "auto" and not self.fused_attn:
             return "dense"
-        return choose_implementation(asked, self.mechanism.normalizer)
+        device = self.qkv.weight.device
+        case = (pattern, size, device)
+        if self._chosen[0] != case:
+            num_keys = pattern.size if pattern is not None else size or 0
+            chosen = choose_implementation(asked, self.mechanism.normalizer, pattern, device=device, num_keys=num_keys)
+            self._chosen = case, chosen
+        return self._chosen[1]
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Map tokens (B, N, dim) to (B, N, dim).
@@ -160,7 +168,7 @@ class Attention(nn.Module):
             "attn_drop": self.attn_drop,
         }
         if self.observer is None:
-            out = attention(q, k, v, implementation=self.chosen_implementation(), **kwargs)
+            out = attention(q, k, v, implementation=self.chosen_implementation(N), **kwargs)
         else:
             out, weights = attention(q, k, v, implementation="dense", return_weights=True, **kwargs)
             self.observer(self.layer, weights.detach())

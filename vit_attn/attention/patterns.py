@@ -30,6 +30,8 @@ LABEL_NAMES = {
     SECOND: "second component",
     GLOBAL: "global (prefix tokens)",
 }
+# Every pattern made so far by its ``key``, for what cannot hold an object: the engine's operators.
+MADE: dict[str, "Pattern"] = {}
 # Rows labelled at a time where only counts are wanted, so that counting never holds an (N, N) tensor.
 _ROWS_PER_CHUNK = 1024
 
@@ -75,6 +77,7 @@ class Pattern:
     name: ClassVar[str]
     causal_by_default: ClassVar[bool] = False
     masks: ClassVar[dict[torch.device, Tensor]]  # an instance has its own
+    key: ClassVar[str]  # likewise: its text, the same in every process
 
     num_tokens: int
     num_prefix_tokens: int = 0
@@ -83,6 +86,7 @@ class Pattern:
     def __post_init__(self) -> None:
         # What `allowed` gave, by device, for whoever needs it in every forward; no field, so no part of equality.
         object.__setattr__(self, "masks", {})
+        object.__setattr__(self, "key", repr(self))
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name == "causal":
@@ -92,6 +96,7 @@ class Pattern:
             lowest = 0 if field.name == "num_prefix_tokens" else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
                 raise ValueError(f"{field.name} must be a whole number of at least {lowest}, not {value!r}")
+        MADE[self.key] = self
 
     @property
     def size(self) -> int:

@@ -178,8 +178,8 @@ class _Heads:
     def of(cls, part: Regrouped, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, scale: float) -> "_Heads":
         """Lay out q, k, v (Cb, Ch, N, D)."""
         q, k, v = (x.to(dtype).flatten(0, 1) for x in (q, k, v))
-        operands = (_Operand.of(part, x[:, part.prefix :]) for x in (q * scale, k, v))
-        return cls(*operands, k[:, part.columns], v[:, part.columns])
+        of_q, of_k, of_v = (_Operand.of(part, x[:, part.prefix :]) for x in (q * scale, k, v))
+        return cls(of_q, of_k, of_v, k[:, part.columns], v[:, part.columns])
 
 
 @compiled
@@ -258,8 +258,10 @@ def backward(
     if keep is not None:
         gradient, left = gradient * keep, weights * keep
     d_scores = kernels.scores_gradient(weights, gradient, e)
-    per_head = isinstance(e, Tensor) and e.dim() == 3
-    d_alpha = kernels.alpha_gradient(weights, gradient, e) if per_head else weights.new_empty(0)
+    if isinstance(e, Tensor) and e.dim() == 3:
+        d_alpha = kernels.alpha_gradient(weights, gradient, e)
+    else:
+        d_alpha = weights.new_empty(0)
     dq.copy_((views.to_queries(d_scores, x.k, x.k_columns) * scale).view(dq.shape))
     to_keys, dk_columns = views.to_keys(d_scores, x.q)
     dk.copy_(to_keys.view(dk.shape))

@@ -17,7 +17,7 @@ class AttentionOptions:
         alpha: entmax's α in (1, 2]; default 1.5. Where α is learned, its start.
         learnable_alpha: learn one α per head and layer; entmax only; default false.
         window, stride, dilation, causal: see :mod:`vit_attn.attention.patterns`.
-        implementation: auto, dense or fused; default auto.
+        implementation: auto, dense, fused or blocks; default auto.
 
     Raises:
         ValueError: a value out of its range.
