@@ -9,7 +9,7 @@ COMPOSE = HOST_UID=$$(id -u) HOST_GID=$$(id -g) docker compose -f docker/compose
 # With DRY_RUN=1, print the command instead of running it.
 run = $(if $(filter 1,$(DRY_RUN)),@: $(info $(1)),$(1))
 
-.PHONY: help setup demo train evaluate masks sweep test test-slow lint format docker-build docker-train
+.PHONY: help setup demo train evaluate masks bench sweep test test-slow lint format docker-build docker-train
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":[^#]*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -28,6 +28,9 @@ evaluate: setup ## score and explain a checkpoint, e.g. make evaluate ARGS="ckpt
 
 masks: setup ## draw the patterns, e.g. make masks ARGS="--size 1024 --patterns strided fixed"
 	.venv/bin/python -m vit_attn.masks $(ARGS)
+
+bench: setup ## measure speed and memory, e.g. make bench ARGS="attention --quick"
+	.venv/bin/python -m vit_attn.bench $(or $(ARGS),attention)
 
 sweep: setup ## start a W&B sweep, e.g. make sweep SWEEP=conf/sweep/alpha.yaml
 	.venv/bin/wandb sweep $(SWEEP)

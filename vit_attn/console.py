@@ -74,6 +74,8 @@ def set_up() -> None:
     log.propagate = False
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # torch.compile would say so once per run on a machine without a GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
 
@@ -93,8 +95,12 @@ def explain(error: Exception) -> str:
     return one_line(error).removesuffix(" See https://hydra.cc/docs/1.2/advanced/override_grammar/basic for details")
 
 
-def run_command(command: Callable[[], object]) -> int:
+def run_command(command: Callable[[], object], *, resumes: bool = True) -> int:
     """Run a command and return its exit status: 0; 2 and one line on stderr for a mistake of the user's.
+
+    Args:
+        command: what to run.
+        resumes: the same command goes on where it was interrupted.
 
     An error of the program's own goes on as an exception, with its traceback.
     """
@@ -105,15 +111,15 @@ def run_command(command: Callable[[], object]) -> int:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return _interrupted()
+        return _interrupted(resumes)
     except SystemExit as ended:
         # Lightning takes a KeyboardInterrupt for itself and leaves with status 1.
         if isinstance(ended.__context__, KeyboardInterrupt):
-            return _interrupted()
+            return _interrupted(resumes)
         raise
     return 0
 
 
-def _interrupted() -> int:
-    print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+def _interrupted(resumes: bool) -> int:
+    print("interrupted" + ": the same command goes on from the last checkpoint" * resumes, file=sys.stderr)
     return 130

@@ -22,7 +22,7 @@ def model_cost(net: nn.Module, image_size: int, in_chans: int = 3) -> dict[str, 
         ``parameters``; ``flops``: multiplications and additions, as computed; ``attention_flops``: attention's two
         products among them; ``flops_by_entries``: what is left when forbidden entries cost nothing; ``entries``,
         ``sparsity``: allowed entries and share of forbidden ones, per layer; ``layers``: mechanism and
-        implementation, per layer.
+        implementation, per layer; ``why``: why that implementation, per layer.
     """
     layers = attention_layers(net)
     device = next(net.parameters()).device
@@ -50,6 +50,7 @@ def model_cost(net: nn.Module, image_size: int, in_chans: int = 3) -> dict[str, 
         "entries": entries,
         "sparsity": sparsity,
         "layers": [f"{layer.mechanism} ({layer.chosen_implementation()})" for layer in layers],
+        "why": [layer.why_chosen() for layer in layers],
     }
 
 

@@ -24,6 +24,11 @@ def _plan(pattern: str, q: Tensor, k: Tensor) -> Plan:
     return make_plan(MADE[pattern], q.device)
 
 
+def _fake_plan(pattern: str, q: Tensor) -> Plan:
+    """The plan as far as shapes depend on it: sizes may be symbols, which no plan can be made of."""
+    return make_plan(MADE[pattern], q.device) if pattern else Plan(None, ())
+
+
 class _RegroupedChunk:
     """Queries of all patch tokens, of one chunk of heads."""
 
@@ -45,8 +50,9 @@ class _RegroupedChunk:
         """Fill the patch queries of the outputs (B, H, N, D) and of the weights that are ``seen`` and ``kept``."""
         part, weights = self.part, self._weights(kept)
         arguments = part, *self.operands, part.bounds(self.call.dtype), out[self.patches], weights
-        if not kernels.converged(regrouped.forward(*arguments)):
-            regrouped.forward(*arguments, thorough=True)
+        for rounds in kernels.ROUNDS:
+            if kernels.converged(regrouped.forward(*arguments, rounds)):
+                break
         if seen is not None:
             places, entries = part.entries
             values = (weights if self.keep is None else weights * self.keep).flatten(1)[:, places]
@@ -195,7 +201,7 @@ def _(
     seed: Tensor | None,
     see: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = Call(q, k, v, _plan(pattern, q, k), alpha, alphas, scale, dropout, None)
+    call = Call(q, k, v, _fake_plan(pattern, q), alpha, alphas, scale, dropout, None)
     return *_empty_outputs(q, k, v, see), _empty_kept(call)
 
 
@@ -253,14 +259,14 @@ def _(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = Call(q, k, v, _plan(pattern, q, k), alpha, alphas, scale, dropout, None)
+    call = Call(q, k, v, _fake_plan(pattern, q), alpha, alphas, scale, dropout, None)
     return *_empty_gradients(call), call.like.new_empty(0 if alphas is None else q.shape[1])
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, pattern, alpha, alphas, scale, dropout, seed, _ = inputs
+    q, k, v, pattern, alpha, alphas, scale, dropout, seed, see = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[2])
+    ctx.mark_non_differentiable(*output[2 if see else 1 :])
     ctx.save_for_backward(q, k, v, output[2], alphas, seed)
     ctx.options = pattern, alpha, scale, dropout
 

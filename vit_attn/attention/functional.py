@@ -157,6 +157,17 @@ def choose_implementation(
     return implementation
 
 
+def explain_choice(chosen: str, pattern: Pattern | None, device: torch.device) -> str:
+    """Say in a few words why ``auto`` chose as it did."""
+    if pattern is None or pattern.layout() is None:
+        reasons = {"blocks": "whole rows, a few at a time", "dense": "whole rows", "fused": "torch's own kernel"}
+        return reasons[chosen]
+    share = make_plan(pattern, device).scores / pattern.size**2
+    if chosen == "blocks":
+        return f"computes {share:.1%} of the scores"
+    return f"blocks would compute {share:.0%} of the scores: too many to gain"
+
+
 @overload
 def attention(
     q: Tensor,

@@ -9,8 +9,8 @@ entmax15, 1 is sparsemax.
 α-entmax without a sort: with z = e (x - max x), β = 1/e and w = e max x - τ, the norm ‖[z + w]₊‖_β is convex in w and
 rises with it, so Newton's method on it from w = 1, where it is at least 1, comes down to the root without passing
 it: Michelot's algorithm for e = 1, one exact step where all scores tie. For e = ½ the quadratic that the current
-support gives is solved exactly instead, which needs fewer rounds but has no such proof. A first attempt takes as many
-rounds as nearly all rows need and says how far off it is; where that is too far, the second takes many, of Newton's.
+support gives is solved exactly instead, which needs fewer rounds but has no such proof. An attempt takes as many rounds
+as most rows need and says how far off it is; where that is too far, Newton goes on from there, in longer attempts.
 """
 
 import torch
@@ -21,10 +21,11 @@ from vit_attn.attention.compiled import compiled
 # A float where the kernel has lines of its own: 0, ½ or 1. Otherwise data, broadcastable to the rows.
 Excess = float | Tensor
 
-# Rounds of the first attempt; of any row, at most: 3 to 7 are usual, and rounding can keep a sum from its tolerance.
-_ROUNDS = {0.5: 5, 1.0: 7}
-_ROUNDS_OF_DATA = 6
-_MANY_ROUNDS = 50
+# Rounds of attempts, one after the other until rows converge: 3 to 9 are usual, and rounding can keep a sum from its
+# tolerance. Where α is data, a round costs a logarithm and an exponential per entry.
+ROUNDS = (None, 8, 32)
+_FIRST_ROUNDS = {0.5: 5, 1.0: 7}
+_FIRST_ROUNDS_OF_DATA = 5
 
 
 def lowest(dtype: torch.dtype) -> float:
@@ -41,39 +42,54 @@ def excess(alpha: float | Tensor, like: Tensor) -> Excess:
 
 def converged(error: Tensor) -> bool:
     """Whether an attempt's rows sum to 1 up to rounding; waits for the device."""
-    return not bool(error > 32 * torch.finfo(error.dtype).eps)
+    # NaN is not: it may come of one row and hide the others.
+    return bool(error <= 32 * torch.finfo(error.dtype).eps)
 
 
-def attempt(x: Tensor, e: Excess, thorough: bool = False) -> tuple[Tensor, Tensor]:
+def attempt(x: Tensor, e: Excess, rounds: int | None = None, w: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Weights of scores x (…, K), in a fixed number of rounds.
 
     Args:
-        thorough: take as many rounds as any row needs.
+        rounds: of Newton; None: those of a first attempt.
+        w: (…, 1) to go on from.
 
     Returns:
-        Weights, and the largest distance of a row's sum from 1 before it was divided by it.
+        Weights, the w reached, and the largest distance of a row's sum from 1 before it was divided by it.
     """
     if isinstance(e, float) and e == 0.0:
-        return x.softmax(-1), x.new_zeros(())
+        return x.softmax(-1), x.new_zeros(()), x.new_zeros(())
     z = (x - x.amax(-1, keepdim=True)) * e
-    w = torch.ones_like(z[..., :1])
-    if isinstance(e, float) and e == 0.5 and not thorough:
-        for _ in range(_ROUNDS[e]):
+    if w is None:
+        w = torch.ones_like(z[..., :1]) if isinstance(e, float) else _upper_bound(z, e)
+    if isinstance(e, float) and e == 0.5 and rounds is None:
+        for _ in range(_FIRST_ROUNDS[e]):
             # Σ_S (z + w)² = 1 on the support S as it is
             u = (z + w).clamp_min(0)
             size, total = (u > 0).to(u.dtype).sum(-1, keepdim=True), u.sum(-1, keepdim=True)
             over = (u * u).sum(-1, keepdim=True) - 1
             w = w - over / (total + (total * total - size * over).clamp_min(0).sqrt())
     else:
-        rounds = _ROUNDS[e] if isinstance(e, float) else _ROUNDS_OF_DATA
-        for _ in range(_MANY_ROUNDS if thorough else rounds):
+        if rounds is None:
+            rounds = _FIRST_ROUNDS[e] if isinstance(e, float) else _FIRST_ROUNDS_OF_DATA
+        for _ in range(rounds):
             p, slope = _powers((z + w).clamp_min(0), e)
             total = p.sum(-1, keepdim=True)
             # Newton on ‖u‖_β - 1; Σp - (Σp)^(1-1/β) = Σp·(1 - Σp^(-1/β)), written so that it is exact near Σp = 1.
-            w = w + total * torch.expm1(-total.log() * e) / slope.sum(-1, keepdim=True)
+            w = (w + total * torch.expm1(-total.log() * e) / slope.sum(-1, keepdim=True)).clamp_max(1)
     p, _ = _powers((z + w).clamp_min(0), e)
     total = p.sum(-1, keepdim=True)
-    return p / total, (total - 1).abs().amax()
+    return p / total, w, (total - 1).abs().amax()
+
+
+def _upper_bound(z: Tensor, e: Tensor) -> Tensor:
+    """A w that is not below the root: 1, or n^(-e) less the mean of the n scores above -1, which alone can count.
+
+    That is the power mean inequality, and close where scores are.
+    """
+    near = z > -1
+    size = near.to(z.dtype).sum(-1, keepdim=True)
+    mean = torch.where(near, z, 0).sum(-1, keepdim=True) / size
+    return (torch.exp(-size.log() * e) - mean).clamp_max(1)
 
 
 def _powers(u: Tensor, e: Excess) -> tuple[Tensor, Tensor]:
@@ -121,8 +137,12 @@ def normalize_rows(x: Tensor, e: Excess) -> Tensor:
     """Weights of each row of scores x (R, K); e is a number, (1, 1) or (R, 1)."""
     if isinstance(e, float) and e == 0.0:
         return x.softmax(-1)
-    p, error = _attempt_rows(x, e)
-    return p if converged(error) else attempt(x, e, thorough=True)[0]
+    p, w = x, None
+    for rounds in ROUNDS:
+        p, w, error = _attempt_rows(x, e, rounds, w)
+        if converged(error):
+            break
+    return p
 
 
 def rows_gradient(p: Tensor, g: Tensor, e: Excess, to_alpha: bool) -> tuple[Tensor, Tensor]:

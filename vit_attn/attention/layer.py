@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vit_attn.attention.functional import attention, choose_implementation
+from vit_attn.attention.functional import attention, choose_implementation, explain_choice
 from vit_attn.attention.patterns import Pattern
 from vit_attn.attention.spec import Mechanism
 
@@ -146,6 +146,14 @@ class Attention(nn.Module):
             chosen = choose_implementation(asked, self.mechanism.normalizer, pattern, device=device, num_keys=num_keys)
             self._chosen = case, chosen
         return self._chosen[1]
+
+    def why_chosen(self) -> str:
+        """Say in a few words why that implementation runs."""
+        if self.mechanism.implementation != "auto":
+            return "asked for"
+        if not self.fused_attn:
+            return "fused_attn is off"
+        return explain_choice(self.chosen_implementation(), self.pattern(), self.qkv.weight.device)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Map tokens (B, N, dim) to (B, N, dim).

@@ -85,9 +85,10 @@ class _Views:
         """(C, L, W): scores (blocks, b, K) as they stand in rows; slanted rows begin before a block's first score."""
         part = self.part
         b, K, W = part.block, part.window, part.width
-        slack = part.slanted * (b - 1)
-        flat = F.pad(scores.flatten(), (slack, W - K + part.pad * K))
-        size, stride = (self.heads, part.length // b, b, W), (part.length * K, b * K, K + part.slanted, 1)
+        if not part.slanted:
+            return F.pad(scores, (0, W - K)).view(self.heads, part.length, W)
+        flat = F.pad(scores.flatten(), (b - 1, W - K + part.pad * K))
+        size, stride = (self.heads, part.length // b, b, W), (part.length * K, b * K, K + 1, 1)
         return flat.as_strided(size, stride).flatten(1, 2)
 
     def band(self, rows: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ def forward(
     bounds: Tensor,
     out: Tensor,
     kept: Tensor,
-    thorough: bool = False,
+    rounds: int | None = None,
 ) -> Tensor:
     """Attention of the patch queries of C = Cb · Ch heads.
 
@@ -206,14 +207,15 @@ def forward(
         bounds: (L, pitch), see ``Regrouped.bounds``.
         out: gets the outputs (Cb, Ch, T, D).
         kept: gets the weights (C, L, pitch), before dropout.
-        thorough: see ``kernels.attempt``.
+        rounds: see ``kernels.attempt``.
 
     Returns:
         ``kernels.attempt``'s error.
     """
     x = _Heads.of(part, bounds.dtype, q, k, v, scale)
     views = _Views(part, kept.shape[0])
-    weights, error = kernels.attempt(torch.minimum(views.products(x.q, x.k, x.k_columns), bounds), e, thorough)
+    scores = torch.minimum(views.products(x.q, x.k, x.k_columns), bounds)
+    weights, _, error = kernels.attempt(scores, e, rounds)
     kept.copy_(weights)
     result = views.to_queries(weights if keep is None else weights * keep, x.v, x.v_columns)
     out.copy_(result.view(out.shape))

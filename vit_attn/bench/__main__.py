@@ -12,7 +12,6 @@ Cells show the median over the rounds with the quartiles in brackets. `<suite> -
 
 import argparse
 import importlib
-import logging
 import shlex
 import sys
 from collections.abc import Sequence
@@ -72,8 +71,6 @@ def _run(argv: Sequence[str]) -> list[Table]:
         if path is not None:
             check_writable(f"--{name}", path)
     args.device = resolve_device(args.device)
-    # torch.compile warns of a machine without a GPU, once per run.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -106,7 +103,7 @@ def _write(tables: Sequence[Table], run: dict[str, Any], outputs: dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0, or 2 after one line about what was wrong."""
-    return run_command(lambda: _run(sys.argv[1:] if argv is None else argv))
+    return run_command(lambda: _run(sys.argv[1:] if argv is None else argv), resumes=False)
 
 
 if __name__ == "__main__":

@@ -84,10 +84,10 @@ def _introduce(folder: RunFolder, config: DictConfig, data: ImageData, net: Any,
     patch = net.patch_embed.patch_size[0]
     if data.image_size % patch:
         log.info("note: patches of %d leave %d of %d pixels unseen", patch, data.image_size % patch, data.image_size)
-    kinds = dict.fromkeys(zip(cost["layers"], cost["sparsity"], cost["entries"], strict=True))
-    for name, sparsity, entries in kinds:
+    kinds = dict.fromkeys(zip(cost["layers"], cost["sparsity"], cost["entries"], cost["why"], strict=True))
+    for name, sparsity, entries, why in kinds:
         count = cost["layers"].count(name)
-        log.info("attention  %d x %s: %d entries, %.1f %% forbidden", count, name, entries, 100 * sparsity)
+        log.info("attention  %d x %s: %d entries, %.1f %% forbidden; %s", count, name, entries, 100 * sparsity, why)
 
 
 def _resume_inside_epoch(checkpoint: dict[str, Any], data: ImageData) -> None:
