@@ -27,7 +27,7 @@ def flops_by_hand(attention_share=1.0):
     return embed + DEPTH * (linear + products * attention_share) + 2 * DIM * CLASSES
 
 
-@pytest.mark.parametrize("attention", ["softmax", "entmax15", "strided", "sparsemax+fixed", ["strided", "full"]])
+@pytest.mark.parametrize("attention", ["softmax", "entmax15", "strided", ["strided", "full"]])
 def test_flops_are_those_of_the_dense_computation_by_counter_and_by_hand(attention):
     net = tiny(attention)
     with FlopCounterMode(display=False) as counter:
@@ -36,6 +36,20 @@ def test_flops_are_those_of_the_dense_computation_by_counter_and_by_hand(attenti
     assert cost["flops"] == counter.get_total_flops() == flops_by_hand()
     assert cost["attention_flops"] == DEPTH * 4 * TOKENS**2 * DIM
     assert cost["parameters"] == sum(parameter.numel() for parameter in net.parameters())
+
+
+@pytest.mark.parametrize(("attention", "options"), [("sparsemax+fixed", {}), ("fixed", {"implementation": "blocks"})])
+def test_flops_of_blocks_are_those_of_the_scores_that_they_compute(attention, options):
+    net = tiny(attention, attention_options=options)
+    # Every patch is scored against its row of 8, the ends of all 8 rows and the class token; that one against all.
+    scores = GRID * (8 + 8 + 1) + TOKENS
+    cost = model_cost(net, SIDE)
+    with FlopCounterMode(display=False) as counter:
+        net.eval()(torch.rand(1, 3, SIDE, SIDE))
+    assert cost["flops"] == counter.get_total_flops() == flops_by_hand(scores / TOKENS**2)
+    assert cost["attention_flops"] == DEPTH * 4 * scores * DIM
+    assert cost["flops_by_entries"] == round(flops_by_hand(cost["entries"][0] / TOKENS**2))
+    assert all("(blocks)" in layer for layer in cost["layers"])
 
 
 def allowed_by_hand():

@@ -27,12 +27,13 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """Run ``function`` compiled where its tensors have ``COMPILE_FROM`` entries, and as it is elsewhere.
 
     Matrices may have any number of rows; every other size is a version of its own, which is faster for being constant.
-    A machine without a compiler gets one warning, and the same results in more time.
+    Nothing is recorded for autograd. A machine without a compiler gets one warning, and the same results in more time.
     """
     fast = torch.compile(function)
     known: set[tuple[object, ...]] = set()
 
     @wraps(function)
+    @torch.no_grad()  # training and evaluation then share a version
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         global _works
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
@@ -41,7 +42,7 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
         for tensor in tensors:
             if tensor.dim() == 2 and tensor.shape[0] > 1:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        kind = (*map(_kind, args), *kwargs)
+        kind = (torch.is_inference_mode_enabled(), *map(_kind, args), *kwargs)
         try:
             if kind in known:
                 return fast(*args, **kwargs)

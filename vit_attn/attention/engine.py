@@ -329,5 +329,6 @@ def blocks(
     seed = torch.randint(2**62, ()) if dropout > 0 else None
     alphas = alpha if isinstance(alpha, Tensor) else None
     number = 1.5 if isinstance(alpha, Tensor) else float(alpha)
-    out, weights, _ = _forward(q, k, v, name, number, alphas, scale, dropout, seed, see)
+    with torch.autocast(q.device.type, enabled=False):  # the products inside would follow it
+        out, weights, _ = _forward(q, k, v, name, number, alphas, scale, dropout, seed, see)
     return out, weights if see else None

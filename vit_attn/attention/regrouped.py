@@ -30,6 +30,11 @@ def _from_classes(part: Regrouped, x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(1, 2)[:, : part.tokens]
 
 
+def _offset(x: Tensor) -> int:
+    """Where ``as_strided`` begins to count: torch at the storage's first entry, compiled code at that of an input."""
+    return 0 if torch.compiler.is_compiling() else int(x.storage_offset())
+
+
 @dataclass(frozen=True)
 class _Operand:
     """One of q, k, v or the output's gradient, as the components need it."""
@@ -96,7 +101,7 @@ class _Views:
         part = self.part
         size = (self.num_blocks, part.block, part.window)
         start = part.band_start + part.slanted * (part.block - 1)
-        return rows.as_strided(size, (part.block * part.pitch, part.pitch - part.slanted, 1), start)
+        return rows.as_strided(size, (part.block * part.pitch, part.pitch - part.slanted, 1), start + _offset(rows))
 
     def band_of_keys(self, rows: Tensor) -> Tensor:
         """(blocks, b, K): those of each block of keys, transposed."""
@@ -107,7 +112,7 @@ class _Views:
             start += part.before - part.after * row + part.after * part.pitch
             if part.after:  # the queries before the first head's first key
                 rows = F.pad(rows.flatten(), (part.after * part.pitch, 0))
-        return rows.as_strided(size, (part.block * part.pitch, 1, row), start)
+        return rows.as_strided(size, (part.block * part.pitch, 1, row), start + _offset(rows))
 
     def classes(self, rows: Tensor) -> Tensor:
         """(C · step, n, n): the classes' weights in rows (C, L, pitch)."""
