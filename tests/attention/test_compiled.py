@@ -18,10 +18,11 @@ needs_compiler = pytest.mark.skipif(
 LAID = {
     "strided": make_pattern("strided", num_tokens=36, num_prefix_tokens=1, window=5, stride=6),
     "window": make_pattern("sliding_window", num_tokens=36, window=6),
+    "fixed": make_pattern("fixed", num_tokens=36, num_prefix_tokens=1, window=6),
     "full": make_pattern("full", num_tokens=36, num_prefix_tokens=1),
 }
 # Seconds each: the others run with `pytest -m slow`.
-QUICK = {("entmax", "strided"), ("sparsemax", "window"), ("entmax15", "full")}
+QUICK = {("entmax", "strided"), ("sparsemax", "window"), ("softmax", "fixed"), ("entmax15", "full")}
 CASES = [
     pytest.param(normalizer, name, marks=[] if (normalizer, name) in QUICK else pytest.mark.slow)
     for normalizer in NORMALIZERS

@@ -68,6 +68,8 @@ class _RegroupedChunk:
     ) -> None:
         """Fill the patch tokens of the gradients (B, H, N, D), add to their columns and to ``d_alphas``."""
         part, weights = self.part, self._weights(kept)
+        if weights.storage_offset():
+            weights = weights.clone()
         d_weights = None
         if d_seen is not None:
             places, entries = part.entries

@@ -30,11 +30,6 @@ def _from_classes(part: Regrouped, x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(1, 2)[:, : part.tokens]
 
 
-def _offset(x: Tensor) -> int:
-    """Where ``as_strided`` begins to count: torch at the storage's first entry, compiled code at that of an input."""
-    return 0 if torch.compiler.is_compiling() else int(x.storage_offset())
-
-
 @dataclass(frozen=True)
 class _Operand:
     """One of q, k, v or the output's gradient, as the components need it."""
@@ -101,7 +96,7 @@ class _Views:
         part = self.part
         size = (self.num_blocks, part.block, part.window)
         start = part.band_start + part.slanted * (part.block - 1)
-        return rows.as_strided(size, (part.block * part.pitch, part.pitch - part.slanted, 1), start + _offset(rows))
+        return rows.as_strided(size, (part.block * part.pitch, part.pitch - part.slanted, 1), start)
 
     def band_of_keys(self, rows: Tensor) -> Tensor:
         """(blocks, b, K): those of each block of keys, transposed."""
@@ -112,7 +107,7 @@ class _Views:
             start += part.before - part.after * row + part.after * part.pitch
             if part.after:  # the queries before the first head's first key
                 rows = F.pad(rows.flatten(), (part.after * part.pitch, 0))
-        return rows.as_strided(size, (part.block * part.pitch, 1, row), start + _offset(rows))
+        return rows.as_strided(size, (part.block * part.pitch, 1, row), start)
 
     def classes(self, rows: Tensor) -> Tensor:
         """(C · step, n, n): the classes' weights in rows (C, L, pitch)."""
@@ -246,7 +241,7 @@ def backward(
     """Gradients of :func:`forward`.
 
     Args:
-        weights: (C, L, pitch), what it kept.
+        weights: (C, L, pitch), what it kept; from their storage's first entry on, since views are made by strides.
         d_out: (Cb, Ch, T, D).
         d_weights: (C, L, pitch), to the weights after dropout, where they were looked at.
         dq, dk, dv: get the gradients to the patch tokens (Cb, Ch, T, D).
