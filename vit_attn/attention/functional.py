@@ -164,8 +164,8 @@ def explain_choice(chosen: str, pattern: Pattern | None, device: torch.device) -
         return reasons[chosen]
     share = make_plan(pattern, device).scores / pattern.size**2
     if chosen == "blocks":
-        return f"computes {share:.1%} of the scores"
-    return f"blocks would compute {share:.0%} of the scores: too many to gain"
+        return f"computes {100 * share:.1f} % of the scores"
+    return f"blocks would compute {100 * share:.0f} % of the scores: too many to gain"
 
 
 @overload

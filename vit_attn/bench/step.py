@@ -4,7 +4,7 @@
     python -m vit_attn.bench step --batch-sizes 32 --rounds 20
 
 Both loops run in one process and take turns, an epoch each, over the same batches of the same epoch, augmented alike,
-with the same model, loss, optimizer, schedule and clipping: on a CPU they end with the same weights, bit for bit.
+with the same model, loss, optimizer, schedule and clipping: on a CPU they end with the same weights, up to rounding.
 A measurement is the mean time from the beginning of a step to that of the next; the first two steps of an epoch,
 validation, checkpoints and set-up are left out. The model has 64 tokens and 0.45 M parameters, as in the demo.
 """
