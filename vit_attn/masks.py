@@ -11,13 +11,13 @@ See ``vit_attn/attention/patterns.py`` for the rules.
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import isqrt
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
+from vit_attn.arguments import Parser, whole
 from vit_attn.attention.patterns import PATTERNS, Pattern, make_pattern, pattern_options
 from vit_attn.errors import UserError, unknown_name, user_errors
 from vit_attn.explain.figures import describe_pattern, mask_figure, masks_side_by_side
@@ -28,34 +28,20 @@ MAX_SIZE = 4096
 MAX_SIZE_SIDE_BY_SIDE = 2048
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)  # one line, without the usage
-
-
-def _tokens_from(lowest: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not lowest <= int(text) <= MAX_SIZE:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {lowest} to {MAX_SIZE}, not {text!r}")
-        return int(text)
-
-    return parse
-
-
-def _parser() -> _Parser:
-    parser = _Parser(prog="python -m vit_attn.masks", description="Draw attention patterns.", allow_abbrev=False)
-    parser.add_argument("--size", type=_tokens_from(1), default=64, help="patch tokens (default: %(default)s)")
+def _parser() -> Parser:
+    parser = Parser(prog="python -m vit_attn.masks", description="Draw attention patterns.", allow_abbrev=False)
+    parser.add_argument("--size", type=whole(1, MAX_SIZE), default=64, help="patch tokens (default: %(default)s)")
     parser.add_argument(
         "--patterns", nargs="+", metavar="NAME", default=list(PATTERNS), help=f"of {', '.join(PATTERNS)}; default: all"
     )
-    parser.add_argument("--window", type=_tokens_from(1), help="tokens (default: the width of the patch grid)")
-    parser.add_argument("--stride", type=_tokens_from(1), help="tokens (default: the width of the patch grid)")
-    parser.add_argument("--dilation", type=_tokens_from(1), help="tokens (default: 2)")
+    parser.add_argument("--window", type=whole(1, MAX_SIZE), help="tokens (default: the width of the patch grid)")
+    parser.add_argument("--stride", type=whole(1, MAX_SIZE), help="tokens (default: the width of the patch grid)")
+    parser.add_argument("--dilation", type=whole(1, MAX_SIZE), help="tokens (default: 2)")
     direction = parser.add_mutually_exclusive_group()
     direction.add_argument("--symmetric", dest="causal", action="store_false", help="see both sides, every pattern")
     direction.add_argument("--causal", action="store_true", help="see only earlier tokens, every pattern")
     parser.set_defaults(causal=None)
-    parser.add_argument("--prefix", type=_tokens_from(0), default=0, help="prefix tokens, e.g. 1 for a class token")
+    parser.add_argument("--prefix", type=whole(0, MAX_SIZE), default=0, help="prefix tokens, e.g. 1 for a class token")
     parser.add_argument("--out", type=Path, default=Path("masks"), help="folder (default: %(default)s)")
     parser.add_argument("--npy", choices=["labels", "binary"], help="also save each mask: uint8 labels, or bool")
     return parser

@@ -1,6 +1,6 @@
 """A pattern as an execution plan of small dense products: what the sparse engine runs.
 
-A query's scores stand in one row of a fixed pitch, [band | class | columns], and one normalizer runs over that row:
+A query's scores stand in one row of a fixed pitch, [class | columns | band], and one normalizer runs over that row:
 
 - band: the local component. Queries are cut into blocks, each against the keys around it: (L/b, b, K).
 - class: the second component of ``strided``. Tokens of one residue mod ``step`` see each other: (step, n, n).

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from vit_attn.attention import kernels, regrouped
 from vit_attn.attention.blocks import Plan, Regrouped, Rows, make_plan, whole_plan
 from vit_attn.attention.call import Call, Chunk, wide
+from vit_attn.attention.normalizers import working_dtype
 from vit_attn.attention.patterns import MADE, Pattern
 
 
@@ -146,12 +147,11 @@ class _RowsChunk:
             target.add_(value.view(target.shape))
 
 
-def _empty_kept(call: Call) -> Tensor:
+def _empty_kept(plan: Plan, q: Tensor) -> Tensor:
     """Room for the weights that the backward pass needs: (B · H, L, pitch)."""
-    part = call.plan.regrouped
-    if part is None:
-        return call.like
-    return call.like.new_empty(call.q.shape[0] * call.q.shape[1], part.length, part.pitch)
+    part = plan.regrouped
+    shape = (0,) if part is None else (q.shape[0] * q.shape[1], part.length, part.pitch)
+    return q.new_empty(shape, dtype=working_dtype(q.dtype))
 
 
 @torch.library.custom_op("vit_attn::blocks", mutates_args=())
@@ -171,7 +171,7 @@ def _forward(
     call = Call(q, k, v, _plan(pattern, q, k), alpha, alphas, scale, dropout, seed)
     out, seen = _empty_outputs(q, k, v, see)
     weights = seen.zero_() if see else None
-    kept = _empty_kept(call)
+    kept = _empty_kept(call.plan, q)
     part = call.plan.regrouped
     if part is not None:
         for chunk in call.chunks(part.length * part.pitch):
@@ -186,25 +186,14 @@ def _empty_outputs(q: Tensor, k: Tensor, v: Tensor, see: bool) -> tuple[Tensor, 
     batch, heads, queries, _ = q.shape
     # Laid out as (B, N, H, D), so that the heads of a token can be joined without a copy.
     out = v.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2)
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return out, q.new_empty((batch, heads, queries, k.shape[-2]) if see else (0,), dtype=dtype)
+    shape = (batch, heads, queries, k.shape[-2]) if see else (0,)
+    return out, q.new_empty(shape, dtype=working_dtype(q.dtype))
 
 
 @_forward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: str,
-    alpha: float,
-    alphas: Tensor | None,
-    scale: float,
-    dropout: float,
-    seed: Tensor | None,
-    see: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    call = Call(q, k, v, _fake_plan(pattern, q), alpha, alphas, scale, dropout, None)
-    return *_empty_outputs(q, k, v, see), _empty_kept(call)
+def _(q: Tensor, k: Tensor, v: Tensor, pattern: str, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, see = options
+    return *_empty_outputs(q, k, v, see), _empty_kept(_fake_plan(pattern, q), q)
 
 
 @torch.library.custom_op("vit_attn::blocks_backward", mutates_args=())
@@ -225,12 +214,10 @@ def _backward(
     """Gradients to q, k, v (B, H, N, D) in the working dtype, and to ``alphas`` (H,), empty without."""
     call = Call(q, k, v, _plan(pattern, q, k), alpha, alphas, scale, dropout, seed)
     part = call.plan.regrouped
-    gradients = _empty_gradients(call)
-    dq, dk, dv = gradients
+    gradients = dq, dk, dv = _empty_gradients(q, k, v)
     # The patch queries come first and write; what adds to them comes after.
-    first = 0 if part is None else part.pattern.num_prefix_tokens
     for gradient in (dk, dv):
-        (gradient if part is None else gradient[:, :, :first]).zero_()
+        (gradient if part is None else gradient[:, :, : part.prefix]).zero_()
     d_alphas = None if alphas is None else call.like.new_zeros(q.shape[1])
     if part is not None:
         for chunk in call.chunks(part.length * part.pitch):
@@ -241,8 +228,9 @@ def _backward(
     return dq, dk, dv, call.like if d_alphas is None else d_alphas
 
 
-def _empty_gradients(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty(x.shape, dtype=call.dtype, device=x.device) for x in (call.q, call.k, call.v))
+def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = working_dtype(q.dtype)
+    dq, dk, dv = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
     return dq, dk, dv
 
 
@@ -257,12 +245,9 @@ def _(
     pattern: str,
     alpha: float,
     alphas: Tensor | None,
-    scale: float,
-    dropout: float,
-    seed: Tensor | None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = Call(q, k, v, _fake_plan(pattern, q), alpha, alphas, scale, dropout, None)
-    return *_empty_gradients(call), call.like.new_empty(0 if alphas is None else q.shape[1])
+    return *_empty_gradients(q, k, v), kept.new_empty(0 if alphas is None else q.shape[1])
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vit_attn.attention.blocks import make_plan
 from vit_attn.attention.engine import blocks
 from vit_attn.attention.names import unknown_name
-from vit_attn.attention.normalizers import ALPHAS, NORMALIZERS, check_alpha, check_normalizer
+from vit_attn.attention.normalizers import ALPHAS, NORMALIZERS, check_alpha, check_normalizer, working_dtype
 from vit_attn.attention.patterns import Full, Pattern, make_pattern
 
 
@@ -34,6 +34,14 @@ def allowed_mask(pattern: Pattern | None, device: torch.device) -> Tensor | None
     return mask
 
 
+def _factor(q: Tensor, scale: float | None) -> float:
+    return float(q.shape[-1] ** -0.5) if scale is None else scale
+
+
+def _dropout_p(attn_drop: nn.Dropout | None) -> float:
+    return attn_drop.p if attn_drop is not None and attn_drop.training else 0.0
+
+
 def _dense(
     q: Tensor,
     k: Tensor,
@@ -47,8 +55,8 @@ def _dense(
 ) -> tuple[Tensor, Tensor | None]:
     """Masked scores, in fp32 whatever autocast says: the reference, and the one whose weights can be seen."""
     with torch.autocast(q.device.type, enabled=False):
-        wide = torch.promote_types(q.dtype, torch.float32)
-        scores = (q.to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.to(wide).transpose(-2, -1)
+        wide = working_dtype(q.dtype)
+        scores = (q.to(wide) * _factor(q, scale)) @ k.to(wide).transpose(-2, -1)
         mask = allowed_mask(pattern, q.device)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
@@ -72,8 +80,8 @@ def _fused(
     return_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """torch's scaled_dot_product_attention, which never shows its weights."""
-    dropout_p = attn_drop.p if attn_drop is not None and attn_drop.training else 0.0
     mask = allowed_mask(pattern, q.device)
+    dropout_p = _dropout_p(attn_drop)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale), None
 
 
@@ -91,9 +99,8 @@ def _blocks(
     """The sparse engine: allowed entries alone, see :mod:`vit_attn.attention.engine`."""
     known = ALPHAS[normalizer]
     pattern = None if _is_full(pattern) else pattern
-    dropout = attn_drop.p if attn_drop is not None and attn_drop.training else 0.0
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    return blocks(q, k, v, pattern, alpha if known is None else known, factor, dropout, return_weights)
+    number = alpha if known is None else known
+    return blocks(q, k, v, pattern, number, _factor(q, scale), _dropout_p(attn_drop), return_weights)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vit_attn.attention import kernels
 from vit_attn.attention.blocks import Regrouped
+from vit_attn.attention.call import wide
 from vit_attn.attention.compiled import compiled
 from vit_attn.attention.kernels import Excess
 
@@ -178,7 +179,7 @@ class _Heads:
     @classmethod
     def of(cls, part: Regrouped, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, scale: float) -> "_Heads":
         """Lay out q, k, v (Cb, Ch, N, D)."""
-        q, k, v = (x.to(dtype).flatten(0, 1) for x in (q, k, v))
+        q, k, v = (wide(x, dtype) for x in (q, k, v))
         of_q, of_k, of_v = (_Operand.of(part, x[:, part.prefix :]) for x in (q * scale, k, v))
         return cls(of_q, of_k, of_v, k[:, part.columns], v[:, part.columns])
 
@@ -251,7 +252,7 @@ def backward(
         where heads share one.
     """
     x = _Heads.of(part, weights.dtype, q, k, v, scale)
-    g = _Operand.of(part, d_out.to(weights.dtype).flatten(0, 1))
+    g = _Operand.of(part, wide(d_out, weights.dtype))
     views = _Views(part, weights.shape[0])
     gradient = views.products(g, x.v, x.v_columns)
     if d_weights is not None:

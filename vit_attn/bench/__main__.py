@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from vit_attn.bench.options import Parser, add_common, check_writable, resolve_device
+from vit_attn.arguments import Parser
+from vit_attn.bench.options import add_common, check_writable, resolve_device
 from vit_attn.bench.output import Table, describe_run, print_tables, write_json, write_markdown
 from vit_attn.bench.plot import save_plot, times_figure
 from vit_attn.console import run_command

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from vit_attn.arguments import whole
 from vit_attn.attention import IMPLEMENTATIONS, NORMALIZERS, PATTERNS
 from vit_attn.bench.cases import PASSES, SDPA, Case, make_inputs, own_cases, rival_cases, step
-from vit_attn.bench.options import names, plot_path, positive_seconds, square_sizes, whole
+from vit_attn.bench.options import names, plot_path, positive_seconds, square_sizes
 from vit_attn.bench.output import (
     Cell,
     Column,

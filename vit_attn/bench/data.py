@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 
-from vit_attn.bench.options import names, whole
+from vit_attn.arguments import whole
+from vit_attn.bench.options import names
 from vit_attn.bench.output import Column, ConsoleProgress, Spread, Table, per_second, reason
 from vit_attn.bench.timing import Failed, Timing, interleave, ratio
 from vit_attn.data import imagefolder

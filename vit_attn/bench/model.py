@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vit_attn.arguments import whole
 from vit_attn.attention import IMPLEMENTATIONS, attention, attention_layers
 from vit_attn.bench.cases import make_inputs, step
-from vit_attn.bench.options import positive_seconds, whole
+from vit_attn.bench.options import positive_seconds
 from vit_attn.bench.output import (
     Cell,
     Column,

@@ -4,36 +4,13 @@ import argparse
 from collections.abc import Callable, Iterable
 from math import isqrt
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
+from vit_attn.arguments import whole
 from vit_attn.errors import UserError, unknown_name, user_errors
 
 PLOT_FORMATS = ("png", "svg", "pdf")
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Refuse a command line.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(message)
-
-
-def whole(lowest: int, highest: int) -> Callable[[str], int]:
-    """Read a whole number within these bounds; for argparse's ``type``."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not lowest <= int(text) <= highest:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {lowest} to {highest}, not {text!r}")
-        return int(text)
-
-    return parse
 
 
 def positive_seconds(text: str) -> float:

@@ -25,16 +25,15 @@ from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig
-from torch.optim.lr_scheduler import LambdaLR
 
-from vit_attn.bench.options import whole
+from vit_attn.arguments import whole
 from vit_attn.bench.output import Column, ConsoleProgress, Spread, Table, milliseconds
 from vit_attn.bench.timing import Timing, quartiles, synchronize
 from vit_attn.config import plain
 from vit_attn.data import ImageData, Images
 from vit_attn.training.build import build_data, build_loss, build_module, build_net, build_trainer
 from vit_attn.training.folder import RunFolder
-from vit_attn.training.module import build_optimizer, step_seed, warmup_cosine
+from vit_attn.training.module import build_optimizer, build_schedule, step_seed
 
 QUICK = {"batch_sizes": [4], "steps": 22}
 TARGET = 3.0  # percent
@@ -177,10 +176,7 @@ class BareLoop:
         # in the optimizer's order, as Lightning has them: the norm's last bit depends on it
         self.clipped = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         total = len(self.loader) * config.trainer.max_epochs
-        warmup, final = round(config.lr_schedule.warmup * total), config.lr_schedule.final_lr
-        self.schedule = LambdaLR(
-            self.optimizer, lambda step: warmup_cosine(step, total=total, warmup=warmup, final=final)
-        )
+        self.schedule = build_schedule(self.optimizer, config.lr_schedule, total=total)
 
     def epoch(self, number: int) -> list[float]:
         """Train for an epoch; return when each step began."""

@@ -59,6 +59,12 @@ def build_optimizer(net: nn.Module, config: DictConfig) -> Optimizer:
         raise UserError(f"optimizer: {one_line(error)}") from error
 
 
+def build_schedule(optimizer: Optimizer, config: DictConfig, *, total: int) -> LambdaLR:
+    """Create the warm-up and cosine over ``total`` steps that ``lr_schedule`` describes, stepped after each one."""
+    warmup, final = round(config.warmup * total), config.final_lr
+    return LambdaLR(optimizer, lambda step: warmup_cosine(step, total=total, warmup=warmup, final=final))
+
+
 class Classifier(LightningModule):
     """Trains and scores an image classifier.
 
@@ -172,9 +178,8 @@ class Classifier(LightningModule):
         assert self.optimizer_config is not None
         assert self.lr_schedule is not None
         optimizer = build_optimizer(self.net, self.optimizer_config)
-        total = self.trainer.estimated_stepping_batches
-        warmup, final = round(self.lr_schedule.warmup * total), self.lr_schedule.final_lr
-        schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, total=int(total), warmup=warmup, final=final))
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = build_schedule(optimizer, self.lr_schedule, total=total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
