@@ -9,7 +9,7 @@ COMPOSE = HOST_UID=$$(id -u) HOST_GID=$$(id -g) docker compose -f docker/compose
 # With DRY_RUN=1, print the command instead of running it.
 run = $(if $(filter 1,$(DRY_RUN)),@: $(info $(1)),$(1))
 
-.PHONY: help setup demo train evaluate masks bench sweep test test-slow lint format docker-build docker-train
+.PHONY: help setup demo compare train evaluate explain report masks bench sweep test test-slow lint format docker-build docker-train
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":[^#]*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -20,11 +20,20 @@ demo: setup ## train a small model on the CPU, score it and draw its attention
 	.venv/bin/python train.py experiment=demo run_name=strided overwrite=true
 	.venv/bin/python evaluate.py ckpt=experiments/demo/strided
 
+compare: setup ## train six mechanisms with three seeds each on the CPU, and write the report that compares them
+	.venv/bin/python train.py experiment=compare $(ARGS)
+
 train: setup ## train a model, e.g. make train ARGS="model.attention=strided"
 	.venv/bin/python train.py $(ARGS)
 
-evaluate: setup ## score and explain a checkpoint, e.g. make evaluate ARGS="ckpt=experiments/demo/strided"
+evaluate: setup ## score a checkpoint and draw its attention, e.g. make evaluate ARGS="ckpt=experiments/demo/strided"
 	.venv/bin/python evaluate.py $(ARGS)
+
+explain: setup ## explain a checkpoint or its view of a photograph, e.g. make explain ARGS="ckpt=experiments/demo/strided image=photo.jpg"
+	.venv/bin/python -m vit_attn.explain $(ARGS)
+
+report: setup ## compare finished runs, e.g. make report ARGS="experiments/compare --baseline softmax"
+	.venv/bin/python -m vit_attn.report $(ARGS)
 
 masks: setup ## draw the patterns, e.g. make masks ARGS="--size 1024 --patterns strided fixed"
 	.venv/bin/python -m vit_attn.masks $(ARGS)

@@ -3,15 +3,17 @@
 python train.py                                            # softmax on CIFAR-10
 python train.py model.attention=entmax+strided data=cifar10 trainer=gpu
 python train.py experiment=demo                            # a minute on a CPU, no download
-python train.py -m model.attention=softmax,entmax,strided seed=1,2
+python train.py -m model.attention=softmax,entmax,strided seed=1,2,3        # ends in a report that compares them
 """
 
 import os
 import sys
+import traceback
 
 import hydra
 import torch.distributed
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from vit_attn.console import run_command
@@ -19,19 +21,25 @@ from vit_attn.errors import UserError
 from vit_attn.training.run import train
 
 mistakes: list[UserError] = []
+crashes: list[Exception] = []
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def job(config: DictConfig) -> None:
     """Run one configuration; a multirun calls this for each."""
     # Lightning starts the other processes of a run by repeating the command line: give it that of this job alone.
-    sys.argv = [sys.argv[0], *HydraConfig.get().overrides.task]
+    sys.argv = [sys.argv[0], *HydraConfig.get().overrides.task, "hydra.mode=RUN"]
     environment = dict(os.environ)
     try:
         train(config)
     except UserError as error:
         # Not through Hydra, which adds lines of its own; and the other jobs of a multirun go on.
         mistakes.append(error)
+    except Exception as error:
+        if HydraConfig.get().mode == RunMode.RUN:
+            raise
+        traceback.print_exc()
+        crashes.append(error)
     finally:
         # Lightning leaves its process group, and the variables that say it has been launched, to the next job.
         if torch.distributed.is_initialized():
@@ -47,6 +55,8 @@ def main() -> None:
     job()
     if mistakes:
         raise UserError("; ".join(dict.fromkeys(map(str, mistakes))))
+    if crashes:
+        sys.exit(f"error: {len(crashes)} of the runs crashed; their tracebacks are above, and the report names them")
 
 
 if __name__ == "__main__":

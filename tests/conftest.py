@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Two small layers, the digits, no pictures but the last ones.
+# Two small layers, the digits, no explanations, no pictures but the last ones.
 TINY = (
     *("data=digits", "trainer=cpu", "logger=none", "model.depth=2", "model.embed_dim=32", "model.num_heads=2"),
     *("trainer.max_epochs=1", "trainer.log_every_n_steps=1", "callbacks.attention_probe.pictures_every_n_epochs=1000"),
+    "explain_images=0",
 )
 
 

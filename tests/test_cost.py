@@ -1,13 +1,14 @@
-"""Cost against torch's own counter and against sums worked out by hand."""
+"""Cost against torch's own counter and against sums worked out by hand; memory to the byte."""
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vit_attn.cost import environment, model_cost
+from vit_attn.cost import environment, model_cost, peak_memory
 from vit_attn.models import create_vit
 
 DIM, DEPTH, HIDDEN, CLASSES, PATCH, SIDE = 32, 2, 128, 10, 4, 32
+CPU = torch.device("cpu")
 GRID = (SIDE // PATCH) ** 2  # 64 patches
 TOKENS = GRID + 1
 
@@ -95,3 +96,50 @@ def test_environment_names_versions_and_machine():
     seen = environment()
     assert seen["torch"] == torch.__version__.split("+")[0] or seen["torch"] == torch.__version__
     assert {"python", "platform", "cpu_count", "gpus", "lightning", "timm", "vit_attn"} <= seen.keys()
+
+
+def floats(count):
+    return torch.empty(count, dtype=torch.float32)
+
+
+def test_peak_memory_by_hand():
+    def three_of_which_one_is_freed():
+        a = floats(100_000)
+        b = floats(200_000)
+        del a
+        c = floats(50_000)
+        return b, c
+
+    assert peak_memory(three_of_which_one_is_freed, CPU) == 4 * 300_000  # a and b; b and c are less
+    assert peak_memory(lambda: [floats(1_000) for _ in range(7)], CPU) == 4 * 7_000
+
+
+def test_peak_memory_is_beyond_what_was_held_before():
+    held = floats(1_000_000)
+    assert peak_memory(lambda: held[:10].sum(), CPU) < 1_000
+    assert peak_memory(lambda: None, CPU) == 0
+
+
+def test_peak_memory_counts_backward_passes_and_what_operators_allocate_inside():
+    x = torch.randn(100_000, requires_grad=True)
+    # exp saves its result; its gradient is one more, and grad of the sum an expanded scalar.
+    peak = peak_memory(lambda: torch.autograd.grad(x.exp().sum(), x), CPU)
+    assert 2 * x.nbytes <= peak < 2.1 * x.nbytes
+
+
+def test_peak_memory_counts_custom_operators():
+    @torch.library.custom_op("vit_attn_bench_tests::wasteful", mutates_args=())
+    def wasteful(x: torch.Tensor) -> torch.Tensor:
+        scratch = torch.zeros(3 * x.numel())
+        return x + scratch[0]
+
+    x = torch.randn(100_000)
+    assert peak_memory(lambda: wasteful(x), CPU) == 4 * x.nbytes  # scratch and result
+
+
+def test_peak_memory_counts_compiled_code():
+    # A view of the input would be free: the sum over dim 0 needs all of the exponentials of a second use.
+    compiled = torch.compile(lambda x: torch.cumsum(x.exp(), 0).sum(0))
+    x = torch.randn(400, 250)
+    compiled(x)
+    assert peak_memory(lambda: compiled(x), CPU) >= x.nbytes

@@ -1,5 +1,6 @@
 """Wrong command lines: exit status 2, one line that names what was wrong, and nothing left behind."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from vit_attn.training.module import Classifier
 
 ROOT = Path(__file__).parent.parent
 
@@ -96,7 +99,8 @@ VALUES = [
     *((["callbacks.early_stopping.enabled=true", "callbacks.early_stopping.monitor=val/accuracy"], "val/accuracy"),),
     *((["callbacks.checkpoint_every_n_steps=-1"], "checkpoint_every_n_steps", "-1"),),
     *((["run_name=a/b"], "run_name", "a/b"), (["experiment_name=.."], "experiment_name", "..")),
-    *((["run_name="], "run_name"),),
+    *((["run_name="], "run_name"), (["run_name=report"], "report")),
+    *((["explain_images=-1"], "explain_images"), (["explain_images=some"], "explain_images", "some")),
     *((["trainer.log_every_n_steps=often"], "trainer.log_every_n_steps", "often"),),
     *((["trainer.gradient_clip_val=-1"], "gradient_clip_val", "-1"),),
 ]
@@ -312,6 +316,24 @@ def test_one_wrong_job_of_a_multirun_leaves_the_others_alone(command, tiny, tmp_
     assert_refused(done, "'stridded'")
     names = sorted(path.parent.parent.name.split("_")[:2] for path in (tmp_path / "runs").rglob("metrics.json"))
     assert names == [[name, seed] for name in ("fixed", "strided") for seed in ("seed1", "seed2")]
+
+
+def test_one_crashed_job_of_a_multirun_leaves_the_others_alone(command, tiny, tmp_path, no_pictures, monkeypatch):
+    step = Classifier.training_step
+
+    def crash(self, *args):
+        if self.seed == 1:
+            raise RuntimeError("the GPU fell off")
+        return step(self, *args)
+
+    monkeypatch.setattr(Classifier, "training_step", crash)
+    settings = ("trainer.limit_train_batches=1", "trainer.limit_val_batches=1", f"experiments_dir={tmp_path / 'runs'}")
+    with pytest.raises(SystemExit, match=r"1 of the runs crashed"):
+        command("train", *tiny, *settings, "-m", "seed=1,2")
+    states = {path.parent.parent.name.split("_")[1]: path for path in (tmp_path / "runs").rglob("status.json")}
+    states = {seed: json.loads(path.read_text()) for seed, path in states.items()}
+    assert (states["seed1"]["state"], states["seed1"]["error"]) == ("failed", "RuntimeError: the GPU fell off")
+    assert states["seed2"]["state"] == "finished"
 
 
 # As a user's shell sees it

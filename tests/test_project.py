@@ -67,7 +67,7 @@ def test_demo_trains_anew_and_evaluates_that_run():
     ]
 
 
-@pytest.mark.parametrize("target", ["train", "evaluate", "masks", "test", "test-slow"])
+@pytest.mark.parametrize("target", ["compare", "train", "evaluate", "explain", "report", "masks", "test", "test-slow"])
 def test_arguments_reach_the_command(target):
     args = "model.attention=[strided,full] 'run_name=two words'"
     assert make("-n", target, f"ARGS={args}").rstrip().endswith(args)

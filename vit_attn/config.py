@@ -11,7 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 # Keys that say where and with what a run is computed, not what it computes.
 _PLACE = (
-    *("hydra", "experiments_dir", "experiment_name", "run_name", "overwrite", "test", "logger"),
+    *("hydra", "experiments_dir", "experiment_name", "run_name", "overwrite", "test", "explain_images", "logger"),
     *("callbacks.attention_probe", "callbacks.checkpoint_every_n_steps"),
     *("trainer.accelerator", "trainer.enable_progress_bar", "trainer.log_every_n_steps"),
     *("data.root", "data.num_workers", "data.cache_budget", "data.progress", "data.eval_batch_size"),
@@ -43,8 +43,8 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix[:-1], node
 
 
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """The leaves that decide what is computed."""
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+    """Flatten a plain configuration to the leaves that decide what is computed: "optimizer.lr" → 0.001."""
     return {
         key: value
         for key, value in _leaves(config)
@@ -54,7 +54,7 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """List what would make ``new`` another run than ``old``: "key: old → new"."""
-    before, after = _identity(old), _identity(new)
+    before, after = identity(old), identity(new)
     return [
         f"{key}: {before.get(key)} → {after.get(key)}"
         for key in sorted({*before, *after} - set(_MAY_CHANGE))
@@ -78,7 +78,7 @@ def default_run_name(*, _root_: DictConfig) -> str:
     """Name a run after its attention, its seed and a digest of all else that decides what is computed."""
     raw = OmegaConf.to_container(_root_, resolve=False)
     assert isinstance(raw, dict)
-    leaves = sorted((key, str(value)) for key, value in _identity({str(k): v for k, v in raw.items()}).items())
+    leaves = sorted((key, str(value)) for key, value in identity({str(k): v for k, v in raw.items()}).items())
     digest = hashlib.sha256(json.dumps(leaves).encode()).hexdigest()[:6]
     attention = _root_.model.attention
     specs = attention if isinstance(attention, ListConfig) else [attention]

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
@@ -52,6 +52,12 @@ def write_log_to(path: Path) -> None:
         log.removeHandler(old)
         old.close()
     log.addHandler(handler)
+
+
+def log_paths(paths: Sequence[Path]) -> None:
+    """Write a line for each file that a command left."""
+    for path in paths:
+        log.info("%-10s %s", "picture" if path.suffix == ".png" else "results", path)
 
 
 class _ConsoleHandler(logging.Handler):

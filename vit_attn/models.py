@@ -26,6 +26,7 @@ POS_EMBEDS = ("learn", "sinusoidal", "none")
 # Written by Lightning in front of the network's own keys (vit_attn.training.module.Classifier.net).
 _CHECKPOINT_PREFIX = "net."
 _ALPHA = ".attn.alpha_logit"
+_ANNEALED_ALPHA = ".attn.annealed_alpha"
 
 
 def create_vit(
@@ -162,6 +163,8 @@ def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"model.weights={path}: holds no state dict of tensors")
     alphas = {key: state.pop(key) for key in [key for key in state if key.endswith(_ALPHA)]}
+    # Where α had come to is the source's: a model that anneals starts where its own option says.
+    state = {key: value for key, value in state.items() if not key.endswith(_ANNEALED_ALPHA)}
     overlay: dict[str, Any] = {"state_dict": state, "custom_load": False}
     # timm drops the head where the classes differ from what its configuration says of the source.
     head = state.get("head.weight")

@@ -9,8 +9,7 @@ import torch
 from vit_attn.attention import attention_layers
 from vit_attn.bench import model as suite
 from vit_attn.bench.model import Shape, attention_alone, build, training_step
-from vit_attn.bench.timing import peak_memory
-from vit_attn.cost import model_cost
+from vit_attn.cost import model_cost, peak_memory
 from vit_attn.errors import UserError
 
 CPU = torch.device("cpu")

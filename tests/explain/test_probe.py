@@ -65,6 +65,15 @@ def weights_by_hand(net, images, normalizer, allowed=None):
     return result
 
 
+def distance_by_hand(weights):
+    """Mean distance on the grid that the patches look over, for one prefix token."""
+    y, x = np.divmod(np.arange(GRID**2), GRID)
+    between = np.hypot(y[:, None] - y, x[:, None] - x)
+    patches = weights[:, :, 1:, 1:]
+    total = patches.sum(-1)
+    return ((patches * between).sum(-1)[total > 0] / total[total > 0]).mean()
+
+
 def strided_by_hand(prefix):
     """Itself, the four before it and its column above, on a 4 x 4 grid; prefix tokens see and are seen by all."""
     size = prefix + GRID**2
@@ -95,6 +104,7 @@ def test_statistics_of_every_layer_are_those_of_the_weights(monkeypatch, spec, n
         assert values["zeros"] == pytest.approx((weights == 0).mean(), abs=1e-3)
         assert values["support"] == pytest.approx((weights > 0).sum(-1).mean(), abs=0.02)
         assert values["entropy"] == pytest.approx(entropy, abs=1e-4)
+        assert values["distance"] == pytest.approx(distance_by_hand(weights), abs=1e-3)
     if mask:
         forbidden = (~mask(1)).float().mean().item()
         assert values["zeros"] >= forbidden - 1e-9
@@ -112,13 +122,15 @@ def test_maps_show_what_the_class_token_sees(monkeypatch):
     torch.testing.assert_close(seen.maps[1], by_hand[1][:, :, 0, 1:].unflatten(-1, (GRID, GRID)), atol=1e-5, rtol=0)
 
 
-def test_maps_of_a_model_without_a_class_token_are_the_mean_over_patches():
-    net, images = tiny(class_token=False, global_pool="avg"), some_images(3)
+@pytest.mark.parametrize("class_token", [False, True])
+def test_maps_of_a_model_that_pools_its_patches_are_the_mean_over_patches(class_token):
+    net, images = tiny(class_token=class_token, global_pool="avg"), some_images(3)
     by_hand = weights_by_hand(net, images, "entmax15")
     seen = look(net, Halve(), images, layers=[0, 1])
     assert seen.query == "mean over all patches"
     for layer in (0, 1):
-        expected = by_hand[layer].mean(2).unflatten(-1, (GRID, GRID))
+        patches = slice(int(class_token), None)  # what the class token sees, where there is one, no prediction reads
+        expected = by_hand[layer][:, :, patches, patches].mean(2).unflatten(-1, (GRID, GRID))
         torch.testing.assert_close(seen.maps[layer], expected, atol=1e-5, rtol=0)
 
 
@@ -143,7 +155,7 @@ def test_looking_leaves_mode_gradients_and_outputs_alone():
 
 def test_metric_names_hold_layers_of_two_digits_and_learned_alphas():
     plain = look(tiny(), Halve(), some_images(1), layers=[]).metrics()
-    kinds = ("zeros", "entropy", "support")
+    kinds = ("zeros", "entropy", "support", "distance")
     assert plain.keys() == {f"attention/{kind}/layer_{layer}" for kind in kinds for layer in ("00", "01")}
     net = tiny(["entmax", "softmax"], attention_options={"learnable_alpha": True, "alpha": 1.7})
     learned = look(net, Halve(), some_images(1), layers=[]).metrics()

@@ -14,7 +14,7 @@ from vit_attn.attention import entmax15
 from vit_attn.data.digits import Digits
 from vit_attn.errors import UserError
 from vit_attn.models import create_vit
-from vit_attn.training.evaluation import find_checkpoint
+from vit_attn.training.restore import find_checkpoint
 
 LEARNS = (
     *("trainer.max_epochs=3", "optimizer.lr=1e-2", "data.batch_size=32", "data.augment.crop=none"),
@@ -98,7 +98,7 @@ def test_evaluation_repeats_what_training_reported(runs, scored, name):
 def test_results_keep_what_training_wrote_and_name_the_data(runs, scored, name):
     written = json.loads((runs[name].root / "results" / "metrics.json").read_text())
     assert written == json.loads(json.dumps(scored[name]))
-    for key in ("val", "epochs", "steps", "images_per_second"):
+    for key in ("val", "epochs", "steps", "speed"):
         assert written[key] == runs[name].results[key]
     assert written["data"]["num_images"] == {"test": 360}
     assert written["test"]["images_per_second"] > 0
@@ -111,6 +111,17 @@ def test_pictures_lie_beside_the_results(runs, scored):
     for name in drawn:
         assert (results / name).read_bytes().startswith(b"\x89PNG")
     assert (results / "attention" / "layer_00.png").exists()  # training's own
+
+
+def test_explanations_come_with_the_evaluation_where_they_are_asked_for(runs, scored, evaluate, tmp_path):
+    assert "explanations" not in scored["plain"]
+    found = evaluate(f"ckpt={runs['plain'].root}", f"output={tmp_path}", "explain=true", "explain_images=3")
+    assert found["explanations"]["images"] == 3
+    assert len(found["explanations"]["receptive_field"]) == 2
+    assert json.loads((tmp_path / "metrics.json").read_text())["explanations"] == found["explanations"]
+    assert (tmp_path / "explanations" / "methods.png").exists()
+    assert found["test"]["confusion"] == scored["plain"]["test"]["confusion"]
+    assert found["attention_statistics"]["0"]["distance"] > 0
 
 
 def test_the_split_of_batches_changes_nothing(runs, scored, evaluate, tmp_path):
@@ -229,6 +240,8 @@ def test_a_spoilt_checkpoint_is_refused(runs, evaluate, tmp_path, spoil, said):
     [
         (["layers=[0,7]"], {}, "layers 0 to 1"),
         (["accelerator=tpu"], {}, "accelerator=tpu: one of auto, cpu, gpu"),
+        (["explain=some"], {}, "explain must be true or false, not 'some'"),
+        (["explain_images=0"], {}, "explain_images"),
         ([], {"batchsize": 3}, r"data\.batchsize.*data\.batch_size"),
     ],
 )

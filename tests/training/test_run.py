@@ -1,9 +1,11 @@
 """A run: what it leaves on disk, how it goes on, what it never reads."""
 
 import csv
+import itertools
 import json
 import math
 import signal
+import statistics
 
 import pytest
 import torch
@@ -45,11 +47,11 @@ def same(left, right):
 
 @pytest.fixture(scope="module")
 def run(train_in, tmp_path_factory):
-    """A finished run of two epochs, with a picture in each."""
+    """A finished run of two epochs, with a picture in each, and explanations."""
     return train_in(
         tmp_path_factory.mktemp("runs"),
         *STRIDED,
-        *("experiment_name=layout", "callbacks.attention_probe.pictures_every_n_epochs=1"),
+        *("experiment_name=layout", "callbacks.attention_probe.pictures_every_n_epochs=1", "explain_images=4"),
     )
 
 
@@ -59,8 +61,11 @@ def test_a_run_leaves_the_documented_layout_and_nothing_else(run):
     assert sorted(str(path.relative_to(run.root)) for path in run.root.rglob("*") if path.is_file()) == sorted(
         [
             *("config.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "logs/metrics.csv", "logs/train.log"),
-            "results/metrics.json",
+            *("results/metrics.json", "results/status.json"),
             *(f"results/attention/{name}" for name in [*pictures, "mask_strided.png"]),
+            "results/explanations.npz",
+            *(f"results/explanations/{name}.png" for name in ("methods", "curves", "layers", "receptive_field")),
+            *(f"results/explanations/heads_layer_{layer:02d}.png" for layer in (0, 1)),
         ]
     )
 
@@ -86,8 +91,12 @@ def test_checkpoints_are_plain_data_that_rebuild_the_model(run, name):
 def test_metrics_csv_has_the_documented_names_in_order_of_steps(run):
     rows = read_rows(run)
     names = set().union(*rows)
-    layers = [f"attention/{kind}/layer_{layer}" for kind in ("zeros", "entropy", "support") for layer in ("00", "01")]
-    epochs = {"val/loss", "val/acc", *layers}
+    layers = [
+        f"attention/{kind}/layer_{layer}"
+        for kind in ("zeros", "entropy", "support", "distance")
+        for layer in ("00", "01")
+    ]
+    epochs = {"val/loss", "val/acc", "val/ece", *layers}
     assert names == {
         *("step", "epoch", "train/loss", "train/acc", "train/lr", "speed/images_per_second"),
         *epochs,
@@ -146,6 +155,88 @@ def test_config_yaml_is_there_before_training_begins(train, no_pictures, monkeyp
         train("run_name=early", "seed=7")
     (config,) = tmp_path.rglob("config.yaml")
     assert OmegaConf.load(config).seed == 7
+
+
+def status(root):
+    return json.loads((root / "results" / "status.json").read_text())
+
+
+def test_status_says_running_then_finished(train, no_pictures, monkeypatch, tmp_path):
+    seen = []
+    step = Classifier.training_step
+
+    def look(self, *args):
+        (path,) = tmp_path.rglob("status.json")
+        seen.append(json.loads(path.read_text()))
+        return step(self, *args)
+
+    monkeypatch.setattr(Classifier, "training_step", look)
+    run = train("trainer.limit_train_batches=1", "test=false")
+    assert [(entry["state"], entry["error"]) for entry in seen] == [("running", None)]
+    after = status(run.root)
+    assert (after["state"], after["error"], after["started"]) == ("finished", None, seen[0]["started"])
+
+
+def test_status_names_what_a_run_failed_of_until_it_goes_on(train, no_pictures, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "training_step", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train("run_name=crashes", "trainer.limit_train_batches=1")
+    (path,) = tmp_path.rglob("status.json")
+    assert json.loads(path.read_text())["error"] == "ZeroDivisionError: division by zero"
+    assert json.loads(path.read_text())["state"] == "failed"
+    run = train("run_name=crashes", "trainer.limit_train_batches=1")
+    assert (status(run.root)["state"], status(run.root)["error"]) == ("finished", None)
+
+
+def test_speed_is_the_median_of_the_intervals_after_the_first(run, train_in):
+    speed = run.results["speed"]
+    logged = [float(row["speed/images_per_second"]) for row in read_rows(run) if "speed/images_per_second" in row]
+    assert len(logged) == 20  # one a step
+    assert speed["images_per_second"] == pytest.approx(statistics.median(logged[1:]))
+    assert speed["step_seconds"] == pytest.approx(128 / statistics.median(logged[1:]))
+    assert (speed["batch_size"], speed["devices"], speed["device"]) == (128, 1, "cpu")
+
+
+def test_memory_of_a_step_grows_with_the_batch_and_is_the_same_each_time(train, no_pictures):
+    def memory(batch_size, name):
+        run = train(f"data.batch_size={batch_size}", f"run_name={name}", "trainer.limit_train_batches=1", "test=false")
+        return run.results["speed"]["peak_memory_bytes"]
+
+    assert memory(32, "a") == memory(32, "b")
+    # The scores' gradients are in it: 2 layers x 2 heads x 65 x 32 numbers per image are a fraction of an activation.
+    assert 1.8 < memory(64, "c") / memory(32, "a2") < 2.2
+
+
+def test_validation_ece_is_that_of_the_best_checkpoint(run, build_best):
+    confidences, correct = build_best(run)
+    edges = torch.linspace(0, 1, 16)
+    expected = 0.0
+    for low, high in itertools.pairwise(edges):
+        inside = (confidences > low) & (confidences <= high)
+        if inside.any():
+            gap = correct[inside].float().mean() - confidences[inside].mean()
+            expected += float(inside.float().mean() * gap.abs())
+    assert run.results["val"]["ece"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.fixture
+def build_best():
+    """A function of a run: confidence in the predicted class, and whether it is right, of each validation image."""
+
+    def predict(run):
+        data = Digits(**{"image_size": None, "seed": 1})
+        data.setup("fit")
+        images, labels = data.sample("val", 10_000)
+        net = build_net(plain(run.config)["model"], num_classes=10, image_size=32).eval()
+        state = load(run.best)["state_dict"]
+        net.load_state_dict({k.removeprefix("net."): v for k, v in state.items() if k.startswith("net.")})
+        with torch.no_grad():
+            probabilities = net(data.make_normalize()(images)).softmax(1)
+        confidences, predicted = probabilities.max(1)
+        return confidences, predicted == labels
+
+    return predict
 
 
 # Going on
@@ -237,6 +328,7 @@ def test_a_finished_run_repeats_nothing(train, no_pictures, monkeypatch):
     assert same(after["state_dict"], before["state_dict"])
     assert without_speed(read_rows(again)) == without_speed(rows)
     assert again.results["test"] == first.results["test"]
+    assert again.results["speed"] == first.results["speed"]
 
 
 def test_more_epochs_go_on_with_a_named_run(train, no_pictures, monkeypatch):

@@ -55,6 +55,7 @@ class Attention(nn.Module):
     head_dim: int
     attn_dim: int
     fused_attn: bool
+    annealed_alpha: Tensor
     qkv: nn.Linear
     q_norm: nn.Module
     k_norm: nn.Module
@@ -87,6 +88,11 @@ class Attention(nn.Module):
         self.observer: Observer | None = None
         if mechanism.learnable_alpha:
             self.alpha_logit = nn.Parameter(self._initial_alpha_logit())
+        elif mechanism.anneal_alpha_from is not None:
+            # A buffer, so that checkpoints have it and a new value is no new constant to torch.compile; of every head,
+            # as a learned one is, so that what reads or draws α knows one shape.
+            start = torch.full((self.num_heads,), mechanism.anneal_alpha_from, dtype=torch.float32)
+            self.register_buffer("annealed_alpha", start.to(self.qkv.weight.device))
         self.train(source.training)
 
     def _initial_alpha_logit(self) -> Tensor:
@@ -98,10 +104,28 @@ class Attention(nn.Module):
 
     @property
     def alpha(self) -> float | Tensor:
-        """Entmax's α: a number, or where it is learned a tensor (H,) in (1.01, 2)."""
+        """Entmax's α: a number, or a tensor (H,): in (1.01, 2) where it is learned, as it stands where annealed."""
         if self.mechanism.learnable_alpha:
             return ALPHA_MIN + (ALPHA_MAX - ALPHA_MIN) * self.alpha_logit.float().sigmoid()
-        return self.mechanism.alpha
+        return self.annealed_alpha.float() if self.anneals else self.mechanism.alpha
+
+    @property
+    def anneals(self) -> bool:
+        """Whether α is moved by :meth:`anneal_alpha`."""
+        return self.mechanism.anneal_alpha_from is not None
+
+    @torch.no_grad()
+    def anneal_alpha(self, progress: float) -> None:
+        """Move an annealed α to this share, from 0 to 1, of the way to ``alpha``; not between forward and backward."""
+        start = self.mechanism.anneal_alpha_from
+        assert start is not None
+        assert 0 <= progress <= 1
+        # Exact at both ends.
+        self.annealed_alpha.fill_((1 - progress) * start + progress * self.mechanism.alpha)
+
+    def alpha_has_arrived(self) -> bool:
+        """Whether α is what ``alpha`` says; waits for the device where it is annealed."""
+        return not self.anneals or bool((self.annealed_alpha == self.mechanism.alpha).all())
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -179,7 +203,7 @@ class Attention(nn.Module):
             out = attention(q, k, v, implementation=self.chosen_implementation(N), **kwargs)
         else:
             out, weights = attention(q, k, v, implementation="dense", return_weights=True, **kwargs)
-            self.observer(self.layer, weights.detach())
+            self.observer(self.layer, weights)
 
         x = out.transpose(1, 2).reshape(B, N, self.attn_dim)
         x = self.norm(x)
@@ -194,18 +218,26 @@ def attention_layers(model: nn.Module) -> list[Attention]:
 
 
 @contextmanager
-def observe_attention(model: nn.Module, observer: Observer, layers: list[int] | None = None) -> Iterator[None]:
+def observe_attention(
+    model: nn.Module, observer: Observer, layers: list[int] | None = None, *, keep_graph: bool = False
+) -> Iterator[None]:
     """Within the block, show the weights of each forward to ``observer(layer, weights (B, H, N, N))``.
 
     Args:
         model: a model from ``create_vit``.
         observer: called in every forward, once a layer; keep what you need of the weights, they are large.
         layers: indices of the layers to watch; default all.
+        keep_graph: show the very tensors that the output is computed from, so that a gradient can be taken with
+            respect to them; they keep the forward's memory as long as they are kept.
     """
+
+    def detached(layer: int, weights: Tensor) -> None:
+        observer(layer, weights.detach())
+
     watched = [layer for layer in attention_layers(model) if layers is None or layer.layer in layers]
     before = [layer.observer for layer in watched]
     for layer in watched:
-        layer.observer = observer
+        layer.observer = observer if keep_graph else detached
     try:
         yield
     finally:

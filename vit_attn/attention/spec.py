@@ -16,15 +16,17 @@ class AttentionOptions:
     Args:
         alpha: entmax's α in (1, 2]; default 1.5. Where α is learned, its start.
         learnable_alpha: learn one α per head and layer; entmax only; default false.
+        anneal_alpha_from: where α starts, in (1, 2], to end at ``alpha``; entmax only; default: α does not move.
         window, stride, dilation, causal: see :mod:`vit_attn.attention.patterns`.
         implementation: auto, dense, fused or blocks; default auto.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a value out of its range, or an α that is both annealed and learned.
     """
 
     alpha: float | None = None
     learnable_alpha: bool | None = None
+    anneal_alpha_from: float | None = None
     window: int | None = None
     stride: int | None = None
     dilation: int | None = None
@@ -34,6 +36,11 @@ class AttentionOptions:
     def __post_init__(self) -> None:
         if self.alpha is not None:
             check_alpha(self.alpha)
+        if self.anneal_alpha_from is not None:
+            try:
+                check_alpha(self.anneal_alpha_from)
+            except ValueError as error:
+                raise ValueError(f"anneal_alpha_from: {error}") from error
         for name in ("window", "stride", "dilation"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -42,6 +49,10 @@ class AttentionOptions:
             value = getattr(self, name)
             if value is not None and not isinstance(value, bool):
                 raise ValueError(f"{name} must be true or false, not {value!r}")
+        if self.learnable_alpha and self.anneal_alpha_from is not None:
+            raise ValueError(
+                f"anneal_alpha_from={self.anneal_alpha_from} and learnable_alpha=true exclude each other: choose one"
+            )
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, object] | None) -> "AttentionOptions":
@@ -75,13 +86,19 @@ class Mechanism:
 
     @property
     def alpha(self) -> float:
-        """Entmax's α, or where it starts."""
+        """Entmax's α: where a learned one starts, where an annealed one ends."""
         return 1.5 if self.options.alpha is None else float(self.options.alpha)
 
     @property
     def learnable_alpha(self) -> bool:
         """Whether each head learns its α."""
         return self.normalizer == "entmax" and bool(self.options.learnable_alpha)
+
+    @property
+    def anneal_alpha_from(self) -> float | None:
+        """Where an annealed α starts; None where α is not annealed."""
+        start = self.options.anneal_alpha_from
+        return float(start) if self.normalizer == "entmax" and start is not None else None
 
     @property
     def implementation(self) -> str:
@@ -92,7 +109,7 @@ class Mechanism:
         """List the options that are set and that this mechanism has no use for."""
         used = {*pattern_options(self.pattern), "implementation"}
         if self.normalizer == "entmax":
-            used |= {"alpha", "learnable_alpha"}
+            used |= {"alpha", "learnable_alpha", "anneal_alpha_from"}
         return {field.name for field in fields(self.options) if getattr(self.options, field.name) is not None} - used
 
     def make_pattern(self, num_tokens: int, num_prefix_tokens: int, grid_size: tuple[int, int] | None) -> Pattern:

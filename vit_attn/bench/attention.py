@@ -30,7 +30,8 @@ from vit_attn.bench.output import (
     times_faster,
 )
 from vit_attn.bench.targets import targets_table
-from vit_attn.bench.timing import Failed, Timing, interleave, peak_memory
+from vit_attn.bench.timing import Failed, Timing, interleave
+from vit_attn.cost import peak_memory
 from vit_attn.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

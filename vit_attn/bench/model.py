@@ -32,8 +32,8 @@ from vit_attn.bench.output import (
     per_second,
     times_faster,
 )
-from vit_attn.bench.timing import Failed, Timing, interleave, peak_memory, ratio
-from vit_attn.cost import model_cost
+from vit_attn.bench.timing import Failed, Timing, interleave, ratio
+from vit_attn.cost import model_cost, peak_memory
 from vit_attn.errors import UserError
 from vit_attn.models import create_vit
 

@@ -18,7 +18,8 @@ from vit_attn.attention import IMPLEMENTATIONS, attention, entmax, entmax15, mak
 from vit_attn.bench.cases import SDPA, Attend, make_inputs, step
 from vit_attn.bench.model import Shape, build, training_step
 from vit_attn.bench.output import Cell, Column, ConsoleProgress, Spread, Table
-from vit_attn.bench.timing import Candidate, Failed, Timing, describe_failure, interleave, peak_memory, ratio
+from vit_attn.bench.timing import Candidate, Failed, Timing, describe_failure, interleave, ratio
+from vit_attn.cost import peak_memory
 
 BATCH, HEADS, HEAD_DIM = 2, 3, 64
 # Tokens: beyond, the entmax package is compared on one (N, N) matrix instead of B·H of them.

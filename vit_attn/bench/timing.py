@@ -4,19 +4,17 @@ One measurement repeats a candidate until it has lasted long enough for the cloc
 once; ratios are taken within a round, and reported as the median over the rounds with their quartiles.
 """
 
-import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
+from vit_attn.cost import no_garbage_collection
 from vit_attn.errors import one_line
 
 Candidate = Callable[[], object]
@@ -173,7 +171,7 @@ def _prepare(function: Candidate, warmup: int, device: torch.device, min_seconds
 
 def _measure(function: Candidate, repeats: int, device: torch.device) -> float:
     """Seconds for ``repeats`` calls, without the garbage collector, on a GPU until it has finished."""
-    with _no_garbage_collection():
+    with no_garbage_collection():
         synchronize(device)
         start = time.perf_counter()
         for _ in range(repeats):
@@ -182,54 +180,7 @@ def _measure(function: Candidate, repeats: int, device: torch.device) -> float:
         return time.perf_counter() - start
 
 
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def peak_memory(function: Candidate, device: torch.device) -> int:
-    """Bytes that a call of ``function`` holds at most, beyond what was held before; what it returns counts.
-
-    On a GPU the caching allocator knows; on the CPU the events of torch's allocator are added up, in order. Memory of
-    custom operators and of compiled code is among them; scratch space that MKL and oneDNN take for themselves is not.
-    Call the function once before if its first call compiles or fills caches.
-    """
-    with _no_garbage_collection():  # which would free what others held before
-        return _peak_on_gpu(function, device) if device.type == "cuda" else _peak_on_cpu(function)
-
-
-def _peak_on_gpu(function: Candidate, device: torch.device) -> int:
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    function()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def _peak_on_cpu(function: Candidate) -> int:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        held = function()
-    del held
-    # The profiler's public events leave out allocations inside an operator's children; kineto's own have all.
-    results: Any = profiled.profiler
-    events = [
-        e for e in results.kineto_results.events() if e.name() == "[memory]" and e.device_type() == DeviceType.CPU
-    ]
-    current = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        current += event.nbytes()
-        peak = max(peak, current)
-    return peak

@@ -27,7 +27,8 @@ from vit_attn.explain.style import (
 Array = Tensor | ArrayLike
 
 
-def _to_numpy(values: Array) -> NDArray:
+def to_numpy(values: Array) -> NDArray:
+    """A tensor on any device, or anything that NumPy takes, as an array."""
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         values = values.float() if values.is_floating_point() else values  # NumPy knows no bfloat16
@@ -69,35 +70,39 @@ def attention_panel(
     cell = 1.5 if heads <= 6 else 1.2  # inches
     width = cell * len(names) + (2.6 if captions else 1.0)
     fig = new_figure(width, cell * min(pictures.shape[1] / pictures.shape[2], 3) * rows + 1.6)
-    fig.suptitle(_wrapped(title, width / 0.12))
+    fig.suptitle(wrapped(title, width / 0.12))
     grid = fig.subplots(rows, len(names), squeeze=False)
     for row, axes in enumerate(grid):
         _attention_row(axes, pictures[row], weights[row], heads)
         axes[0].set_ylabel(
-            _wrapped(captions[row], 20) if captions else "", rotation=0, ha="right", va="center", fontsize=10
+            wrapped(captions[row], 20) if captions else "", rotation=0, ha="right", va="center", fontsize=10
         )
     for ax, name in zip(grid[0], names, strict=True):
         ax.set_title(name)
     grey = " Grey: exactly 0." if (weights[:rows] == 0).any() else ""
     note = f"Colour: attention weight, one scale per row; over the image, the mean on its own scale.{grey}"
-    fig.supxlabel(_wrapped(note, width / 0.09), fontsize=10)
+    fig.supxlabel(wrapped(note, width / 0.09), fontsize=10)
     return fig
 
 
 def _checked(images: Array, maps: Array, captions: Sequence[str] | None) -> tuple[NDArray, NDArray]:
     """Return images as floats in [0, 1], and maps; refuse what does not fit."""
-    pictures, weights = _to_numpy(images), _to_numpy(maps)
+    pictures, weights = to_numpy(images), to_numpy(maps)
     if pictures.ndim != 4 or pictures.shape[-1] not in (1, 3) or weights.ndim != 4 or 0 in weights.shape:
         raise ValueError(
             f"images must be (n, H, W, 3) and maps (n, heads, gh, gw), not {pictures.shape}, {weights.shape}"
         )
     if len(weights) != len(pictures) or len(captions or pictures) != len(pictures):
         raise ValueError(f"{len(pictures)} images need as many maps, and as many captions or none")
-    pictures = pictures / 255 if pictures.dtype == np.uint8 else pictures.clip(0, 1)
-    return pictures, weights
+    return as_pictures(pictures), weights
 
 
-def _wrapped(text: str, characters: float) -> str:
+def as_pictures(images: NDArray) -> NDArray:
+    """Images (n, H, W, C), uint8 or float, as floats in [0, 1]."""
+    return images / 255 if images.dtype == np.uint8 else images.clip(0, 1)
+
+
+def wrapped(text: str, characters: float) -> str:
     """Break lines that are longer than ``characters``; keep the breaks that are there."""
     return "\n".join(fill(line, max(12, int(characters))) for line in text.splitlines())
 
@@ -215,7 +220,7 @@ def confusion_figure(matrix: Array, class_names: Sequence[str], *, title: str) -
     Raises:
         ValueError: another shape, or another number of names.
     """
-    counts = _to_numpy(matrix)
+    counts = to_numpy(matrix)
     classes = len(class_names)
     if counts.shape != (classes, classes):
         raise ValueError(f"{classes} class names need a ({classes}, {classes}) matrix, not {counts.shape}")
@@ -225,7 +230,7 @@ def confusion_figure(matrix: Array, class_names: Sequence[str], *, title: str) -
     ax = fig.add_subplot()
     drawn = ax.imshow(shares, cmap=SHARE_COLORMAP, vmin=0, vmax=1, interpolation="nearest")
     fig.colorbar(drawn, ax=ax, label="share of the true class", aspect=30)
-    ax.set(title=_wrapped(title, side / 0.1), xlabel="predicted class", ylabel="true class")
+    ax.set(title=wrapped(title, side / 0.1), xlabel="predicted class", ylabel="true class")
     points = 72 * side / classes  # height of a row
     shown = range(0, classes, ceil(6 / points))
     labels = [shorten(class_names[k], 24, placeholder="…") for k in shown]
@@ -252,7 +257,7 @@ def reliability_figure(confidences: Array, correct: Array, *, ece: float, title:
     Raises:
         ValueError: lengths that differ.
     """
-    confidence, hit = _to_numpy(confidences), _to_numpy(correct)
+    confidence, hit = to_numpy(confidences), to_numpy(correct)
     if confidence.ndim != 1 or confidence.shape != hit.shape:
         raise ValueError(f"confidences and correct must be (n,), not {confidence.shape} and {hit.shape}")
     edges = np.linspace(0, 1, bins + 1)
@@ -263,7 +268,7 @@ def reliability_figure(confidences: Array, correct: Array, *, ece: float, title:
     upper, lower = fig.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     upper.bar(edges[:-1], accuracy, 1 / bins, align="edge", edgecolor="white", color=MASK_COLORS[2])
     upper.plot([0, 1], [0, 1], "--", color="black", label="perfectly calibrated")
-    upper.set(title=_wrapped(title, 46), ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    upper.set(title=wrapped(title, 46), ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
     upper.legend(loc="upper left", title=f"ECE {ece:.4f}", title_fontsize=11, alignment="left")
     share = counts / max(1, len(confidence))
     lower.bar(edges[:-1], share, 1 / bins, align="edge", edgecolor="white", color=MASK_COLORS[3])

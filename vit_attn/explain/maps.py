@@ -1,7 +1,12 @@
 """From attention weights over tokens to maps over the image."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def reads_class_token(net: nn.Module) -> bool:
+    """Whether the prediction is read from a class token; a model that pools its patches may have one all the same."""
+    return bool(getattr(net, "has_class_token", False)) and getattr(net, "global_pool", "token") == "token"
 
 
 def patch_maps(weights: Tensor, *, num_prefix_tokens: int, has_class_token: bool, grid_size: tuple[int, int]) -> Tensor:
@@ -14,7 +19,7 @@ def patch_maps(weights: Tensor, *, num_prefix_tokens: int, has_class_token: bool
     Args:
         weights: (B, H, N, N) with N = num_prefix_tokens + gh * gw, rows are queries.
         num_prefix_tokens: tokens before the patch grid; the class token, where there is one, comes first.
-        has_class_token: whether token 0 is a class token.
+        has_class_token: whether token 0 is a class token that the prediction is read from.
         grid_size: (gh, gw), patches in raster order.
 
     Raises:

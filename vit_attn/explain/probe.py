@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vit_attn.attention import Attention, attention_layers, observe_attention
 from vit_attn.explain.figures import attention_panel, mask_figure
-from vit_attn.explain.maps import patch_maps
+from vit_attn.explain.maps import patch_maps, reads_class_token
 from vit_attn.explain.statistics import AttentionStatistics
 from vit_attn.explain.style import save_figure
 
@@ -24,7 +25,7 @@ class Look:
 
     Args:
         layers: the attention layers of the model.
-        statistics: layer → zeros, entropy, support.
+        statistics: layer → zeros, entropy, support, distance.
         maps: layer → (B, H, gh, gw), for the layers that were asked for.
         query: whose attention the maps show.
     """
@@ -54,6 +55,12 @@ def default_layers(net: nn.Module) -> list[int]:
     return sorted({0, depth // 2, depth - 1})
 
 
+def weight_entries(net: nn.Module) -> int:
+    """Number of attention weights of one image in the layer that has most."""
+    layers = attention_layers(net)
+    return max(layer.num_heads * (layer.num_prefix_tokens + prod(layer.grid_size)) ** 2 for layer in layers)
+
+
 @torch.no_grad()
 def look(net: nn.Module, normalize: nn.Module, images: Tensor, *, layers: Sequence[int]) -> Look:
     """Run ``net`` over raw images (B, C, H, W), in evaluation mode and fp32, and watch its attention.
@@ -62,26 +69,20 @@ def look(net: nn.Module, normalize: nn.Module, images: Tensor, *, layers: Sequen
         layers: indices of the layers whose maps are kept; numbers are of all.
     """
     device = next(net.parameters()).device
-    has_class_token = bool(getattr(net, "has_class_token", False))
+    has_class_token = reads_class_token(net)
     seen = Look(attention_layers(net), "from the class token" if has_class_token else "mean over all patches")
     statistics = AttentionStatistics()
     maps: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     by_index = {layer.layer: layer for layer in seen.layers}
 
     def observe(layer: int, weights: Tensor) -> None:
-        statistics.update(layer, weights)
+        owner = by_index[layer]
+        place: dict[str, Any] = {"num_prefix_tokens": owner.num_prefix_tokens, "grid_size": owner.grid_size}
+        statistics.update(layer, weights, **place)
         if layer in maps:
-            owner = by_index[layer]
-            grid = patch_maps(
-                weights,
-                num_prefix_tokens=owner.num_prefix_tokens,
-                has_class_token=has_class_token,
-                grid_size=owner.grid_size,
-            )
-            maps[layer].append(grid.cpu())
+            maps[layer].append(patch_maps(weights, has_class_token=has_class_token, **place).cpu())
 
-    most = max(layer.num_heads * (layer.num_prefix_tokens + prod(layer.grid_size)) ** 2 for layer in seen.layers)
-    batch_size = max(1, min(32, _MAX_ENTRIES // most))
+    batch_size = max(1, min(32, _MAX_ENTRIES // weight_entries(net)))
     training = net.training
     net.eval()
     try:

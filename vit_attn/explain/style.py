@@ -27,6 +27,12 @@ MASK_COLORS = {
 ZERO_COLOR = "#bdbdbd"  # a weight that is exactly 0, as against one that is small
 WEIGHT_COLORMAP = "viridis"  # attention weights
 SHARE_COLORMAP = "Blues"  # shares in [0, 1]
+# What others are compared with, and things to tell apart: Okabe and Ito (2008), Tol's wine for the yellow that
+# vanishes on white; the markers tell the same where a picture is printed in grey. The reference has the
+# first marker for itself, and 7 and 11 have no common factor: no pair comes back before 77 things.
+REFERENCE_COLOR = "#000000"
+CATEGORY_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255")
+CATEGORY_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*", "h")
 
 _STYLE: dict[Any, Any] = {
     "font.size": 11,

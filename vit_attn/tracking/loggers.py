@@ -1,26 +1,19 @@
 """Loggers of a run: a CSV always, and Weights & Biases or TensorBoard beside it."""
 
 import csv
-import hashlib
-import logging
-import netrc
-import os
-import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from numpy.typing import NDArray
 from torch import Tensor
 
-from vit_attn.config import without_secrets
-from vit_attn.errors import UserError, one_line, unknown_name
-
-log = logging.getLogger("vit_attn")
+from vit_attn.attention import parse_attention
+from vit_attn.tracking.wandb_run import WandbRunLogger
 
 
 class CsvLogger(Logger):
@@ -79,99 +72,64 @@ class CsvLogger(Logger):
         self.save()
 
 
-def wandb_mode(mode: str | None = None) -> str:
-    """Decide between "online", where the user is logged in, and "offline", so that nothing asks a question.
-
-    Raises:
-        UserError: a mode that does not exist.
-    """
-    mode = mode or os.environ.get("WANDB_MODE") or None
-    if mode is not None:
-        allowed = ("online", "offline", "disabled")
-        if mode not in allowed:
-            raise UserError(unknown_name("logger.mode", mode, allowed))
-        return mode
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return "online"
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
-    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        return "online" if netrc.netrc(str(file)).authenticators(host) else "offline"
-    except (OSError, netrc.NetrcParseError):
-        return "offline"
-
-
-def wandb_logger(
-    folder: Path,
-    run_name: str,
-    *,
-    project: str,
-    entity: str | None,
-    group: str | None,
-    tags: Sequence[str],
-    mode: str | None,
-) -> WandbLogger:
-    """Log to Weights & Biases, in logs/wandb. The same run folder is always the same W&B run.
-
-    Raises:
-        UserError: a mode that does not exist.
-    """
-    # Nothing beyond the run itself goes over the network, and the one line that matters is ours.
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    os.environ.setdefault("WANDB_SILENT", "true")
-    import wandb
-
-    mode = wandb_mode(mode)
-    identity = hashlib.sha256(f"{folder.parent.name}/{run_name}/{_birth(folder)}".encode()).hexdigest()[:12]
-    options: dict[str, Any] = {
-        **{"name": run_name, "id": identity, "project": project, "entity": entity, "group": group},
-        **{"tags": list(tags), "dir": folder / "logs", "resume": "allow", "reinit": "finish_previous"},
-        # Uncaught output: the log is in logs/train.log. The timeout bounds what an unreachable server costs.
-        "settings": wandb.Settings(console="off", init_timeout=30),
-    }
-    with _command_line_without_secrets():
-        try:
-            run = wandb.init(**options, mode=mode)  # type: ignore[arg-type]  # checked by wandb_mode
-        except wandb.Error as error:
-            log.warning("W&B        cannot go online (%s): this run is logged offline", one_line(error)[:200])
-            wandb.teardown()  # the failed attempt still holds the run's id
-            run = wandb.init(**options, mode="offline")
-    run.define_metric("trainer/global_step")
-    run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-    return WandbLogger(experiment=run)
-
-
-@contextmanager
-def _command_line_without_secrets() -> Iterator[None]:
-    """W&B records sys.argv: let it see what config.yaml shows."""
-    argv = sys.argv
-    shown = []
-    for argument in argv:
-        key, equals, value = argument.partition("=")
-        shown.append(f"{key}{equals}{without_secrets(value, key.lstrip('+~').rpartition('.')[2])}")
-    sys.argv = shown
-    try:
-        yield
-    finally:
-        sys.argv = argv
-
-
-def _birth(folder: Path) -> str:
-    """What tells this run from an earlier one in a folder of the same name: when its configuration was written."""
-    return str((folder / "config.yaml").stat().st_mtime_ns)
-
-
 def tensorboard_logger(folder: Path, run_name: str) -> TensorBoardLogger:
     """Log to TensorBoard, in logs/tensorboard."""
     return TensorBoardLogger(save_dir=folder / "logs", name="tensorboard", version="")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One image of the table of predictions.
+
+    Args:
+        image: (H, W, C) uint8.
+        overlays: explanation → (H', W', 3) uint8, a column each.
+        true, predicted: names of classes.
+        confidence: probability of the predicted class.
+    """
+
+    image: NDArray[Any]
+    overlays: dict[str, NDArray[Any]]
+    true: str
+    predicted: str
+    confidence: float
+
+
+def run_tags(config: dict[str, Any]) -> list[str]:
+    """Tags that every run has: its normalizers, its patterns and its data set."""
+    mechanisms = parse_attention(config["model"]["attention"])
+    names = [name for mechanism in mechanisms for name in (mechanism.normalizer, mechanism.pattern)]
+    data = str(config["data"].get("_target_", "")).split(".")[-2:-1]
+    return list(dict.fromkeys([*names, *data]))
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+@rank_zero_only
+def log_config(loggers: Sequence[Logger], config: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Show the configuration and what is known of the run, under flat keys: "model.attention", as sweeps name them.
+
+    Args:
+        config: nested, without secrets.
+        facts: what the configuration does not say, such as the number of parameters.
+    """
+    flat = {**_flat(config), **_flat(facts)}
+    for logger in loggers:
+        if isinstance(logger, (WandbRunLogger, TensorBoardLogger)):
+            logger.log_hyperparams(flat)
 
 
 @rank_zero_only
 def log_pictures(loggers: Sequence[Logger], name: str, paths: Sequence[Path], *, step: int) -> None:
     """Show PNG files in the loggers that can show pictures."""
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_image(name, [str(path) for path in paths])
+        if isinstance(logger, WandbRunLogger):
+            logger.log_pictures(name, paths, step)
         elif isinstance(logger, TensorBoardLogger):
             from PIL import Image
             from torchvision.transforms.functional import pil_to_tensor
@@ -179,3 +137,54 @@ def log_pictures(loggers: Sequence[Logger], name: str, paths: Sequence[Path], *,
             for path in paths:
                 with Image.open(path) as picture:
                     logger.experiment.add_image(name, pil_to_tensor(picture.convert("RGB")), step)
+
+
+@rank_zero_only
+def log_predictions(loggers: Sequence[Logger], predictions: Sequence[Prediction]) -> None:
+    """Show predictions and their explanations as a table."""
+    for logger in loggers:
+        if isinstance(logger, WandbRunLogger) and predictions:
+            logger.log_predictions(predictions)
+
+
+@rank_zero_only
+def log_files(loggers: Sequence[Logger], name: str, kind: str, paths: Sequence[Path]) -> None:
+    """Keep files as an artifact of the run; they are copied before this returns."""
+    for logger in loggers:
+        if isinstance(logger, WandbRunLogger):
+            logger.log_files(f"{name}-{logger.experiment.id}", kind, paths)
+
+
+@rank_zero_only
+def log_checkpoints(
+    loggers: Sequence[Logger],
+    *,
+    best: Path,
+    last: Path,
+    best_step: int,
+    last_step: int,
+    best_numbers: dict[str, Any],
+    last_numbers: dict[str, Any],
+) -> None:
+    """At the end of a run, keep the checkpoints that ``logger.log_checkpoints`` asks for.
+
+    Those written in between are kept by the logger itself, where all are asked for.
+
+    Args:
+        best_numbers, last_numbers: the artifact's metadata, such as val/acc.
+    """
+    for logger in loggers:
+        if isinstance(logger, WandbRunLogger):
+            if logger.checkpoints in ("best", "all"):
+                logger.log_checkpoint(best, best_step, best_numbers)
+            if logger.checkpoints in ("last", "all"):
+                logger.log_checkpoint(last, last_step, last_numbers)
+
+
+@rank_zero_only
+def finish_loggers(loggers: Sequence[Logger], *, failed: bool) -> None:
+    """End every logger, within bounds; call it once, however the run ended."""
+    for logger in loggers:
+        logger.finalize("failed" if failed else "success")
+        if isinstance(logger, WandbRunLogger):
+            logger.finish(failed=failed)

@@ -1,12 +1,11 @@
 """Objects from their configuration: network, data, loss, module, callbacks, loggers, Trainer."""
 
-import logging
 from typing import Any
 
 import hydra.utils
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -15,12 +14,11 @@ from vit_attn.console import is_first_process, shows_progress_bar
 from vit_attn.data import ImageData
 from vit_attn.errors import UserError, one_line
 from vit_attn.models import create_vit
-from vit_attn.tracking.loggers import CsvLogger
+from vit_attn.tracking.loggers import CsvLogger, run_tags
+from vit_attn.training.annealing import BestCheckpoint
 from vit_attn.training.callbacks import EpochLines, Throughput
 from vit_attn.training.folder import RunFolder
 from vit_attn.training.module import Classifier
-
-log = logging.getLogger("vit_attn")
 
 # Up to this many pixels per side, timm's patches of 16 would leave a handful of tokens.
 _SMALL_IMAGE, _SMALL_PATCH = 64, 4
@@ -111,7 +109,7 @@ def build_trainer(config: DictConfig, folder: RunFolder, resumed: dict[str, Any]
         *build_callbacks(config, folder),
         Throughput(),
         EpochLines(),
-        ModelCheckpoint(filename="best", monitor="val/acc", mode="max", **kept),
+        BestCheckpoint(filename="best", monitor="val/acc", mode="max", **kept),
         ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **kept),
     ]
     if every is not None:
@@ -137,11 +135,6 @@ def _loggers(config: DictConfig, folder: RunFolder, resumed: dict[str, Any] | No
     step = resumed["global_step"] - 1 if resumed is not None else -1
     loggers: list[Logger] = [CsvLogger(folder.logs / "metrics.csv", resume_step=step)]
     if config.logger.get("_target_") and is_first_process():
-        logger = instantiate("logger", config.logger, folder=folder.root, run_name=str(config.run_name))
-        logger.log_hyperparams(without_secrets(plain(config)))
-        loggers.append(logger)
-        if isinstance(logger, WandbLogger):
-            settings = logger.experiment.settings
-            sync = "" if settings.mode == "online" else f"; to upload it: wandb sync {settings.sync_dir}"
-            log.info("W&B        %s%s", settings.mode, sync)
+        given = {"tags": [*config.logger.tags, *run_tags(plain(config))]} if "tags" in config.logger else {}
+        loggers.append(instantiate("logger", config.logger, folder=folder.root, run_name=str(config.run_name), **given))
     return loggers

@@ -3,6 +3,7 @@
 import logging
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -24,21 +25,39 @@ class Throughput(Callback):
     """Log ``speed/images_per_second`` over all processes, validation and checkpoints left out."""
 
     def __init__(self) -> None:
-        self.images = 0
+        self.images = self.steps = 0
         self.since = 0.0
+        self.intervals: list[tuple[float, float]] = []  # images per second, seconds per batch
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.images, self.since = 0, time.perf_counter()
+        self._begin(time.perf_counter())
+
+    def _begin(self, now: float) -> None:
+        self.images, self.steps, self.since = 0, 0, now
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.images += len(batch[0]) * trainer.world_size
+        self.steps += 1
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the Trainer's logger connector
         if (batch_idx + 1) % every == 0 or trainer.is_last_batch:
             now = time.perf_counter()
-            pl_module.log("speed/images_per_second", self.images / (now - self.since), prog_bar=True)
-            self.images, self.since = 0, now
+            taken = now - self.since
+            self.intervals.append((self.images / taken, taken / self.steps))
+            pl_module.log("speed/images_per_second", self.images / taken, prog_bar=True)
+            self._begin(now)
+
+    def medians(self) -> dict[str, float]:
+        """``images_per_second`` and ``step_seconds``, over the logging intervals since this process began.
+
+        The first interval, in which kernels are compiled and caches filled, counts only where there is no other.
+        """
+        intervals = self.intervals[1:] or self.intervals
+        if not intervals:
+            return {}
+        images, seconds = zip(*intervals, strict=True)
+        return {"images_per_second": median(images), "step_seconds": median(seconds)}
 
 
 class EpochLines(Callback):

@@ -11,7 +11,7 @@ from vit_attn.attention import parse_attention
 from vit_attn.config import plain
 from vit_attn.data.checks import whole
 from vit_attn.errors import UserError, one_line, unknown_name, user_errors
-from vit_attn.tracking.loggers import wandb_mode
+from vit_attn.tracking.wandb import checkpoint_choice, wandb_mode
 from vit_attn.training.build import build_callbacks, build_loss, instantiate
 
 log = logging.getLogger("vit_attn")
@@ -27,7 +27,7 @@ _WHOLE = {
 _NUMBERS = {
     **{"trainer.gradient_clip_val": 0, "optimizer.lr": 0, "optimizer.weight_decay": 0, "optimizer.eps": 0},
     **{"callbacks.ema.decay": 0, "model.mlp_ratio": 0, "model.drop_rate": 0, "model.proj_drop_rate": 0},
-    **{"model.attn_drop_rate": 0, "model.drop_path_rate": 0},
+    **{"model.attn_drop_rate": 0, "model.drop_path_rate": 0, "logger.finish_timeout": 1},
 }
 _MONITORS = ("val/acc", "val/loss", "train/acc", "train/loss")
 _SCHEDULE = ("warmup", "final_lr")
@@ -54,6 +54,8 @@ def _check_logger(config: DictConfig) -> None:
         raise UserError(f"logger: {one_line(error)}") from error
     if "mode" in options:
         wandb_mode(options["mode"])
+    if "log_checkpoints" in options:
+        checkpoint_choice(options["log_checkpoints"])
 
 
 def check_config(config: DictConfig) -> None:
@@ -79,6 +81,7 @@ def check_config(config: DictConfig) -> None:
         if not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise UserError(f"lr_schedule.{key} is a share, from 0 to 1, not {value!r}")
     whole("seed", config.seed, least=0, prefix="")
+    whole("explain_images", config.explain_images, least=0, prefix="")
     if config.trainer.precision == "16-mixed" and _on_cpu(config):
         log.info("note: on a CPU, Lightning runs trainer.precision=16-mixed as bf16-mixed")
     stopping = config.callbacks.early_stopping

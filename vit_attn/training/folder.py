@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from vit_attn.config import differences, plain, without_secrets
 from vit_attn.console import write_log_to
 from vit_attn.errors import UserError, one_line
+
+# Beside the runs of an experiment: what vit_attn.report writes.
+REPORT = "report"
 
 
 class RunFolder:
@@ -39,6 +43,8 @@ class RunFolder:
             name = str(config[key])
             if not name.strip() or name in (".", "..") or name != Path(name).name:
                 raise UserError(f"{key}={name!r} is not a folder's name: leave slashes out")
+        if str(config.run_name) == REPORT:
+            raise UserError(f"run_name={REPORT}: that folder is for the experiment's report; choose another name")
         folder = cls(Path(config.experiments_dir).expanduser() / str(config.experiment_name) / str(config.run_name))
         nearest = next(path for path in (folder.root, *folder.root.absolute().parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
@@ -73,8 +79,17 @@ class RunFolder:
             if not self.resumable:
                 self.config.write_text(OmegaConf.to_yaml(OmegaConf.create(without_secrets(plain(config)))))
             write_log_to(self.logs / "train.log")
+            self.set_state("running")
         except OSError as error:
             raise UserError(f"the run folder {self.root} cannot be written: {one_line(error)}") from error
+
+    @rank_zero_only
+    def set_state(self, state: str, error: str | None = None) -> None:
+        """Write results/status.json: "running", "finished" or "failed". A killed run still says "running"."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        status = {"state": state, "error": error, "updated": now}
+        path = self.results / "status.json"
+        update_json(path, status if path.exists() else {**status, "started": now})
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

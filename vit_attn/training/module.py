@@ -65,6 +65,10 @@ def build_schedule(optimizer: Optimizer, config: DictConfig, *, total: int) -> L
     return LambdaLR(optimizer, lambda step: warmup_cosine(step, total=total, warmup=warmup, final=final))
 
 
+def _calibration_error(num_classes: int) -> MulticlassCalibrationError:
+    return MulticlassCalibrationError(num_classes, n_bins=CALIBRATION_BINS, norm="l1")
+
+
 class Classifier(LightningModule):
     """Trains and scores an image classifier.
 
@@ -103,11 +107,12 @@ class Classifier(LightningModule):
         self.seed = seed
         self.extra = dict(extra or {})
         self.val_acc = MulticlassAccuracy(num_classes, average="micro")
+        self.val_ece = _calibration_error(num_classes)
         scores: dict[str, Any] = {
             "acc": MulticlassAccuracy(num_classes, average="micro"),
             "per_class_acc": MulticlassAccuracy(num_classes, average=None),
             "confusion": MulticlassConfusionMatrix(num_classes),
-            "ece": MulticlassCalibrationError(num_classes, n_bins=CALIBRATION_BINS, norm="l1"),
+            "ece": _calibration_error(num_classes),
         }
         if num_classes > 5:
             scores["top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
@@ -119,6 +124,10 @@ class Classifier(LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of raw images (B, C, H, W)."""
         return self.net(self.normalize(images))
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Probabilities (B, num_classes) of logits, as the loss means them: those of a sparse loss can be 0."""
+        return self.criterion.probabilities(logits)  # type: ignore[operator]  # see Args
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Mean loss of one batch, augmented here, on the training device."""
@@ -140,18 +149,20 @@ class Classifier(LightningModule):
         return (self.trainer.global_step + 1) % every == 0 or self.trainer.is_last_batch
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Add a batch to val/loss and val/acc."""
+        """Add a batch to val/loss, val/acc and val/ece."""
         images, labels = batch
         logits = self(images)
-        self.val_acc(logits, labels)
+        self.val_acc.update(logits, labels)
+        self.val_ece.update(self.probabilities(logits), labels)
         self.log("val/loss", self.criterion(logits, labels), on_epoch=True, batch_size=len(labels), sync_dist=True)
         self.log("val/acc", self.val_acc, on_epoch=True, batch_size=len(labels), prog_bar=True)
+        self.log("val/ece", self.val_ece, on_epoch=True, batch_size=len(labels))
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Add a batch to the test scores."""
         images, labels = batch
         logits = self(images)
-        probabilities = self.criterion.probabilities(logits)  # type: ignore[operator]  # see Args
+        probabilities = self.probabilities(logits)
         # Ties in sparse probabilities would shuffle the top 5: logits for ranks, probabilities for calibration.
         for name, metric in self.test_scores.items(keep_base=True):
             metric.update(probabilities if name == "ece" else logits, labels)

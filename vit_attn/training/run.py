@@ -1,22 +1,37 @@
 """A training run from its configuration: build, fit, score the best checkpoint, write results."""
 
+import copy
+import json
 import logging
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from vit_attn.config import plain
-from vit_attn.cost import environment, model_cost
+from vit_attn.attention import attention_layers
+from vit_attn.config import plain, without_secrets
+from vit_attn.console import log_paths
+from vit_attn.cost import environment, model_cost, peak_memory
 from vit_attn.data import ImageData
-from vit_attn.errors import user_errors
+from vit_attn.errors import one_line, user_errors
+from vit_attn.explain.explanation_figures import overlay
+from vit_attn.explain.explanations import METHOD_TITLES, Explanations
 from vit_attn.explain.probe import default_layers, look, write_masks, write_panels
-from vit_attn.tracking.loggers import log_pictures
+from vit_attn.tracking.loggers import (
+    Prediction,
+    finish_loggers,
+    log_checkpoints,
+    log_config,
+    log_files,
+    log_pictures,
+    log_predictions,
+)
 from vit_attn.training.build import build_callbacks, build_data, build_module, build_net, build_trainer
-from vit_attn.training.callbacks import AttentionProbe
+from vit_attn.training.callbacks import AttentionProbe, Throughput
 from vit_attn.training.check import check_config
+from vit_attn.training.explaining import explain_test_images
 from vit_attn.training.folder import RunFolder, load_checkpoint, update_json
 from vit_attn.training.module import Classifier, build_optimizer
 
@@ -49,20 +64,40 @@ def train(config: DictConfig) -> dict[str, Any]:
     # Before anything is written: a torn checkpoint must not cost the logs.
     resumed = load_checkpoint(folder.last) if folder.resumable and not config.overwrite else None
     folder.create(config)
+    try:
+        results = _run(config, folder, data, net, resumed)
+    except Exception as error:
+        folder.set_state("failed", f"{type(error).__name__}: {one_line(error)[:300]}")
+        raise
+    folder.set_state("finished")
+    return results
+
+
+def _run(
+    config: DictConfig, folder: RunFolder, data: ImageData, net: Any, resumed: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Fit, score the best checkpoint and write results into a folder that stands ready."""
     cost = model_cost(net, data.image_size, data.in_chans)
     _introduce(folder, config, data, net, cost)
     if config.compile:
         net.compile()
     module = build_module(config, net, data)
     trainer = build_trainer(config, folder, resumed)
-    if resumed is not None:
-        _resume_inside_epoch(resumed, data)
-        log.info("resuming from %s at step %d", folder.last, resumed["global_step"])
-    trainer.fit(module, datamodule=data, ckpt_path=folder.last if resumed is not None else None, weights_only=True)
-    results = _score(trainer, module, data, folder, test=config.test)
-    results |= {"run": str(config.run_name), "experiment": str(config.experiment_name), "seed": config.seed}
-    results |= {"attention": plain(config.model)["attention"], "cost": cost, "environment": environment()}
-    _write_results(config, trainer, module, data, folder, results)
+    try:
+        log_config(trainer.loggers, without_secrets(plain(config)), _facts(data, net, cost))
+        if resumed is not None:
+            _resume_inside_epoch(resumed, data)
+            log.info("resuming from %s at step %d", folder.last, resumed["global_step"])
+        trainer.fit(module, datamodule=data, ckpt_path=folder.last if resumed is not None else None, weights_only=True)
+        results = _score(trainer, module, data, folder, test=config.test)
+        results |= {"run": str(config.run_name), "experiment": str(config.experiment_name), "seed": config.seed}
+        results |= {"attention": plain(config.model)["attention"], "cost": cost, "environment": environment()}
+        results["data"] = data.describe()
+        _write_results(config, trainer, module, data, folder, results)
+    except BaseException:
+        finish_loggers(trainer.loggers, failed=True)
+        raise
+    finish_loggers(trainer.loggers, failed=False)
     return results
 
 
@@ -90,6 +125,19 @@ def _introduce(folder: RunFolder, config: DictConfig, data: ImageData, net: Any,
         log.info("attention  %d x %s: %d entries, %.1f %% forbidden; %s", count, name, entries, 100 * sparsity, why)
 
 
+def _facts(data: ImageData, net: Any, cost: dict[str, Any]) -> dict[str, Any]:
+    """What a tracker filters by and the configuration does not say."""
+    mechanisms = [layer.mechanism for layer in attention_layers(net)]
+    return {
+        "dataset": type(data).__name__.lower(),
+        "normalizer": ", ".join(dict.fromkeys(mechanism.normalizer for mechanism in mechanisms)),
+        "pattern": ", ".join(dict.fromkeys(mechanism.pattern for mechanism in mechanisms)),
+        "sparsity": sum(cost["sparsity"]) / len(cost["sparsity"]),
+        "entries": sum(cost["entries"]),
+        **{name: cost[name] for name in ("parameters", "flops", "flops_by_entries")},
+    }
+
+
 def _resume_inside_epoch(checkpoint: dict[str, Any], data: ImageData) -> None:
     """Leave out the batches of the current epoch that the checkpoint has seen."""
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
@@ -106,9 +154,10 @@ def _score(trainer: Trainer, module: Classifier, data: ImageData, folder: RunFol
     results: dict[str, Any] = {
         "checkpoint": path.name,
         "best_epoch": best["epoch"] + 1,
+        "best_step": best["global_step"],
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
-        "images_per_second": float(trainer.callback_metrics.get("speed/images_per_second", 0)),
+        "speed": _speed(trainer, module, data),
     }
     # Validation was logged while training: this repeats it for the weights that are scored, not for the curves.
     loggers, trainer.loggers = trainer.loggers, []
@@ -118,6 +167,37 @@ def _score(trainer: Trainer, module: Classifier, data: ImageData, folder: RunFol
         trainer.test(module, datamodule=data, verbose=False)
         results["test"] = module.test_results
     return results
+
+
+def _speed(trainer: Trainer, module: Classifier, data: ImageData) -> dict[str, Any]:
+    """How fast the training was, and the memory that one step takes beyond weights and optimizer state."""
+    throughput = next(callback for callback in trainer.callbacks if isinstance(callback, Throughput))  # type: ignore[attr-defined]
+    device = module.device
+    return {
+        **throughput.medians(),
+        "batch_size": data.batch_size,
+        "devices": trainer.world_size,
+        "peak_memory_bytes": _step_memory(trainer, module, data),
+        "peak_memory_of": "one training step",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def _step_memory(trainer: Trainer, module: Classifier, data: ImageData) -> int:
+    """Bytes that forward and backward of one batch hold at most: the same on a busy and on an idle machine."""
+    net = copy.deepcopy(module.net).train()  # DDP listens to the gradients of the original
+    device = module.device
+    images = torch.zeros(data.batch_size, data.in_chans, data.image_size, data.image_size, device=device)
+    labels = torch.zeros(data.batch_size, dtype=torch.long, device=device)
+
+    def step() -> None:
+        with trainer.precision_plugin.forward_context():
+            loss = module.criterion(net(images), labels)
+        loss.backward()
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        step()  # what is made once, gradients among it, is none of a step's
+        return peak_memory(step, device)
 
 
 def _numbers(logged: Any, prefix: str) -> dict[str, float]:
@@ -138,19 +218,52 @@ def _write_results(
     layers = list(probe.layers) if probe.layers is not None else default_layers(module.net)
     seen = look(module.net, module.normalize, images, layers=layers)
     results["attention_statistics"] = {str(layer): values for layer, values in seen.statistics.items()}
+    results["attention_images"] = f"{len(images)} val"
     note = f"epoch {results['best_epoch']}"
     panels = write_panels(seen, images, folder.attention, count=probe.picture_images, note=note)
     masks = write_masks(module.net, folder.attention)
-    update_json(folder.results / "metrics.json", results)
     for layer, path in panels.items():
         log_pictures(trainer.loggers, f"attention/best_layer_{layer:02d}", [path], step=trainer.global_step)
-    for logger in trainer.loggers:
-        logger.finalize("success")
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
+    if masks:
+        log_files(trainer.loggers, "masks", "masks", masks)
+    pictures = [*panels.values(), *masks]
+    if config.test and config.explain_images:
+        results["explanations"], drawn = explain_test_images(
+            module, data, folder.results, count=config.explain_images, note=note, picture_images=probe.picture_images
+        )
+        pictures += drawn
+        log_predictions(trainer.loggers, _predictions(folder, data.class_names))
+    path = folder.results / "metrics.json"
+    if path.exists():  # a run that is asked for again after its end has no steps to time
+        results["speed"] = {**json.loads(path.read_text()).get("speed", {}), **results["speed"]}
+    update_json(path, results)
+    log_checkpoints(
+        trainer.loggers,
+        best=folder.checkpoints / results["checkpoint"],
+        last=folder.last,
+        best_step=results["best_step"],
+        last_step=trainer.global_step,
+        best_numbers={"val/acc": results["val"]["acc"], "epoch": results["best_epoch"]},
+        last_numbers={"epoch": results["epochs"]},
+    )
     if "test" in results:
         log.info("test       accuracy %.2f %%, loss %.4f", 100 * results["test"]["acc"], results["test"]["loss"])
     log.info("validation accuracy %.2f %% (epoch %d)", 100 * results["val"]["acc"], results["best_epoch"])
-    log.info("results    %s", folder.results / "metrics.json")
-    for path in (*panels.values(), *masks):
-        log.info("picture    %s", path)
+    log_paths([path, *pictures])
+
+
+def _predictions(folder: RunFolder, class_names: list[str]) -> list[Prediction]:
+    """What the explanations say, as rows of a table."""
+    found = Explanations.load(folder.results / "explanations.npz")
+    return [
+        Prediction(
+            image=found.images[row],
+            overlays={
+                METHOD_TITLES[method]: overlay(found.images[row], maps[row]) for method, maps in found.maps.items()
+            },
+            true=class_names[found.labels[row]],
+            predicted=class_names[found.predictions[row]],
+            confidence=float(found.confidences[row]),
+        )
+        for row in range(len(found.images))
+    ]

@@ -1,0 +1,69 @@
+"""α on its way from softmax's end of entmax to where it is wanted, and the best checkpoint of those that are there."""
+
+import logging
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from vit_attn.attention import Attention, attention_layers
+from vit_attn.errors import UserError
+
+log = logging.getLogger("vit_attn")
+
+
+def annealing_progress(step: int, *, steps: int) -> float:
+    """Share of the way that α has gone in optimizer step ``step``, from 0: 1 from the last of ``steps`` steps on."""
+    return 1.0 if step >= steps - 1 else step / (steps - 1)
+
+
+class AlphaAnnealing(Callback):
+    """Move α in a line from ``anneal_alpha_from`` to ``alpha``, by the optimizer step, in the layers that anneal it.
+
+    α is a function of the step alone, so a run that goes on has the α that it would have had.
+
+    Args:
+        share: of all optimizer steps, those that α takes to its end, where it then stays; 0 begins there.
+
+    Raises:
+        UserError: no share.
+    """
+
+    def __init__(self, *, share: float = 0.5) -> None:
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise UserError(f"callbacks.alpha_annealing.share is a share, from 0 to 1, not {share!r}")
+        self.share = share
+        self.layers: list[Attention] = []
+        self.steps = 0
+        self.progress: float | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.layers = [layer for layer in attention_layers(pl_module) if layer.anneals]
+        self.progress = None
+        if self.layers:
+            total = int(trainer.estimated_stepping_batches)
+            self.steps = round(self.share * total)
+            start, end = self.layers[0].mechanism.anneal_alpha_from, self.layers[0].mechanism.alpha
+            log.info("alpha      %g to %g in the first %d of %d steps", start, end, self.steps, total)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self.layers:
+            return
+        progress = annealing_progress(trainer.global_step, steps=self.steps)
+        if progress != self.progress:
+            for layer in self.layers:
+                layer.anneal_alpha(progress)
+            self.progress = progress
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """A ``ModelCheckpoint`` that takes no model whose α is still on its way: what is scored is what was asked for.
+
+    The accuracy of an early epoch, at an α near softmax, would otherwise stand for that of ``alpha``.
+    """
+
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        """Whether the model as it is now is to be saved."""
+        layers = attention_layers(trainer.lightning_module)
+        return all(layer.alpha_has_arrived() for layer in layers) and super().check_monitor_top_k(trainer, current)
