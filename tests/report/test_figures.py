@@ -14,7 +14,7 @@ from vit_attn.report.figures import accuracy_figure, cost_figure, gain_sentence
 from vit_attn.report.figures_alpha import alpha_figure, alpha_training_figure, entmax_family
 from vit_attn.report.figures_common import drawn_rows, group_styles, mean_curve, wrapped
 from vit_attn.report.figures_explain import faithfulness_figure, pictures, shared_explanations
-from vit_attn.report.figures_training import curves_figure, layers_figure
+from vit_attn.report.figures_training import curves_figure, layers_figure, reach_figure
 from vit_attn.report.write import load
 
 ACCURACIES = {"softmax": (0.90, 0.92, 0.91), "strided": (0.95, 0.93, 0.96), "sparsemax": (0.85, 0.86, 0.84)}
@@ -199,7 +199,9 @@ def test_pictures_are_those_of_the_seed_that_most_mechanisms_have(run_writer, tm
     assert "seed 2" in drawn[0].caption
     assert "other images were explained: causal" in drawn[0].caption
     assert "Without explanations of seed 2: sparsemax" in drawn[0].caption
-    hits = [int((found.predictions[:6] == found.labels[:6]).sum()) for _, found in shared.columns]
+    count = len(shared.columns[0][1].images)
+    chosen = [index * count // 6 for index in range(6)]
+    hits = [int((found.predictions[chosen] == found.labels[chosen]).sum()) for _, found in shared.columns]
     titles = [ax.get_xlabel() for ax in drawn[0].figure.axes]
     assert [sum(title.startswith("✓") for title in titles)] == [sum(hits)]
     png(drawn[0])
@@ -265,3 +267,26 @@ def test_labels_are_no_formulas(compared):
     for figure in (accuracy_figure, cost_figure, layers_figure):
         png(figure(comparison, rows, styles))
     png(pictures(comparison, rows)[0])
+
+
+def test_reach_is_what_the_runs_say_and_one_panel_where_no_prefix_token_passes_on(run_writer, tmp_path):
+    fields = {"softmax": [1.0, 1.0, 1.0], "strided": [0.2, 0.9, 1.0]}
+    alone = {"softmax": [1.0, 1.0, 1.0], "strided": [0.2, 0.5, 0.5]}
+
+    def reach(folder, **more):
+        for attention, field in fields.items():
+            found = {"receptive_field": field} | {name: values[attention] for name, values in more.items()}
+            run_writer(folder, attention=attention, seed=1, explain=True, results={"explanations": found})
+        comparison, rows = load([folder])
+        return reach_figure(comparison, rows, group_styles(comparison))
+
+    def lines(ax):
+        return sorted(line.get_ydata().tolist() for line in ax.lines if len(line.get_ydata()) == 3)
+
+    (panel,) = reach(tmp_path / "one").figure.axes
+    assert lines(panel) == sorted(fields.values())
+    drawing = reach(tmp_path / "two", receptive_field_without_relays=alone)
+    left, right = drawing.figure.axes
+    assert (lines(left), lines(right)) == (sorted(alone.values()), sorted(fields.values()))
+    assert "strided 50 %" in drawing.alt
+    png(drawing)

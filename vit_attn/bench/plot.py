@@ -11,12 +11,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from vit_attn.bench.output import Line, Plot
-from vit_attn.explain.style import house_style, new_figure
+from vit_attn.explain.style import CATEGORY_COLORS, CATEGORY_MARKERS, REFERENCE_COLOR, house_style, new_figure
 
-# Okabe and Ito (2008), without the yellow that vanishes on white.
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d", "8")
-_COMPUTED_COLOR = "#000000"
 _MAX_COLUMNS = 3
 
 Style = tuple[str, str]  # colour, marker
@@ -66,14 +62,14 @@ def _legend_columns(columns: int) -> int:
 
 def _styles(lines: Sequence[Line]) -> dict[str, Style]:
     """Colour and marker of every line, by its name, in order of appearance; what is computed comes last."""
-    colors, markers = cycle(_COLORS), cycle(_MARKERS)
+    colors, markers = cycle(CATEGORY_COLORS), cycle(CATEGORY_MARKERS)
     groups: dict[str, str] = {}
     styles: dict[str, Style] = {}
     for line in sorted(lines, key=lambda line: line.computed):
         if line.name in styles:
             continue
         if line.computed:
-            styles[line.name] = (_COMPUTED_COLOR, "")
+            styles[line.name] = (REFERENCE_COLOR, "")
             continue
         if line.group not in groups:
             groups[line.group] = next(colors)

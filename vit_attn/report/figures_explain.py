@@ -3,16 +3,20 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from vit_attn.explain.explanations import METHOD_TITLES, METHODS, Explanations
 from vit_attn.explain.style import WEIGHT_COLORMAP, ZERO_COLOR, house_style, new_figure
 from vit_attn.report.compare import Comparison
 from vit_attn.report.figures import Styles
 from vit_attn.report.figures_common import Drawing, drawn_rows, finite, seeds_note, tidy, wrapped
+from vit_attn.report.runs import Run
 from vit_attn.report.summary import Row
 
 MAX_IMAGES = 6
@@ -30,11 +34,13 @@ class Shared:
     Args:
         seed: that most mechanisms have, the lowest of several.
         columns: label and explanations of that seed, the first one's images deciding.
+        class_names: of the data; empty where no run tells them.
         other_images, missing: labels of those whose images differ, and of those without readable explanations.
     """
 
     seed: int
     columns: list[tuple[str, Explanations]]
+    class_names: list[str]
     other_images: list[str]
     missing: list[str]
 
@@ -42,7 +48,7 @@ class Shared:
 def shared_explanations(rows: Sequence[Row]) -> Shared | None:
     """Load the explanations of one seed; None where no run has any."""
     found = {
-        (row.group.label, run.seed): run.explanations_path
+        (row.group.label, run.seed): run
         for row in rows
         for run in row.group.runs
         if run.explanations_path is not None and run.seed is not None
@@ -50,9 +56,11 @@ def shared_explanations(rows: Sequence[Row]) -> Shared | None:
     if not found:
         return None
     counts = Counter(seed for _, seed in found)
-    shared = Shared(min(counts, key=lambda seed: (-counts[seed], seed)), [], [], [])
+    names = next((names for run in found.values() if (names := _class_names(run))), [])
+    shared = Shared(min(counts, key=lambda seed: (-counts[seed], seed)), [], names, [], [])
     for label in (row.group.label for row in rows):
-        path = found.get((label, shared.seed))
+        run = found.get((label, shared.seed))
+        path = None if run is None else run.explanations_path
         try:
             explained = None if path is None else Explanations.load(path)
         except (OSError, ValueError):
@@ -64,6 +72,12 @@ def shared_explanations(rows: Sequence[Row]) -> Shared | None:
         else:
             shared.columns.append((label, explained))
     return shared
+
+
+def _class_names(run: Run) -> list[str]:
+    data = (run.results or {}).get("data")
+    names = data.get("class_names") if isinstance(data, dict) else None
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def pictures(comparison: Comparison, rows: Sequence[Row]) -> list[Drawing]:
@@ -80,52 +94,62 @@ def pictures(comparison: Comparison, rows: Sequence[Row]) -> list[Drawing]:
     for method in DRAWN_METHODS:
         columns = [(label, explained) for label, explained in shared.columns if method in explained.maps]
         if columns:
-            drawings.append(_grid(method, shared.seed, columns, note.strip()))
+            drawings.append(_grid(method, shared, columns, note.strip()))
     return drawings
 
 
 @house_style()
-def _grid(method: str, seed: int, columns: Sequence[tuple[str, Explanations]], note: str) -> Drawing:
+def _grid(method: str, shared: Shared, columns: Sequence[tuple[str, Explanations]], note: str) -> Drawing:
     images, truth = columns[0][1].images, columns[0][1].labels
     count = min(MAX_IMAGES, len(images))
+    # Spread evenly: data sets are often in the order of their classes.
+    chosen = [index * len(images) // count for index in range(count)]
     title = METHOD_TITLES[method]
     names = [wrapped(label, 16, lines=4) for label, _ in columns]
     cell = 1.25  # inches
     height = (cell + 0.28) * count + 0.2 * max(name.count("\n") + 1 for name in names) + 0.7
-    fig = new_figure(max(cell * (len(columns) + 1) + 1.2, 5.0), height)
+    fig = new_figure(max(cell * (len(columns) + 1) + 1.2, 4.2), height)
     fig.set_layout_engine("constrained")
     grid = fig.subplots(count, len(columns) + 1, squeeze=False)
-    for index, axes in enumerate(grid):
+    for index, axes in zip(chosen, grid, strict=True):
         picture = images[index]
         extent = (0, picture.shape[1], picture.shape[0], 0)
         axes[0].imshow(np.broadcast_to(picture, (*picture.shape[:2], 3)), extent=extent)
-        axes[0].set_xlabel(f"class {truth[index]}", fontsize=10)
+        axes[0].set_xlabel(_name(shared, truth[index]), fontsize=10)
         for ax, (_, explained) in zip(axes[1:], columns, strict=True):
-            _draw_map(ax, explained, method, index, extent)
+            _draw_map(ax, explained.maps[method][index], extent)
+            right = explained.predictions[index] == truth[index]
+            predicted = f"{_name(shared, explained.predictions[index])} ({100 * explained.confidences[index]:.0f} %)"
+            ax.set_xlabel(f"{'✓' if right else '✗'} {predicted}", fontsize=10, color=_RIGHT if right else _WRONG)
     for ax in grid.flat:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
     for ax, name in zip(grid[0], ["test image", *names], strict=True):
         ax.set_title(name, fontsize=9)
-    fig.suptitle(f"{title} · seed {seed}", fontsize=12)
+    fig.suptitle(f"{title} · seed {shared.seed}", fontsize=12)
     right = "; ".join(
-        f"{label} {int((explained.predictions[:count] == truth[:count]).sum())} of {count} right"
+        f"{label} {int((explained.predictions[chosen] == truth[chosen]).sum())} of {count} right"
         for label, explained in columns
     )
     return Drawing(
         f"pictures_{method}",
         f"The same test images: {title}",
-        f"The first {count} of the {len(images)} test images that were explained, not chosen; seed {seed} only, other "
-        "seeds look different. Every map has its own linear scale from 0 (dark) to its largest value (yellow), so "
-        "shapes can be compared, not heights; grey is exactly 0. Below a map: ✓ or ✗, the predicted class and its "
-        f"probability. {note}".strip(),
+        f"{count} of the {len(images)} test images that were explained, spread evenly, not picked; seed "
+        f"{shared.seed} only, other seeds look different. Every map has its own linear scale from 0 (dark) to its "
+        "largest value (yellow), so shapes can be compared, not heights; grey is exactly 0. Below a map: ✓ or ✗, the "
+        f"predicted class and its probability. {note}".strip(),
         f"Grid of {count} test images by {len(columns)} mechanisms with {title} maps. Predictions: {right}.",
         fig,
     )
 
 
-def _draw_map(ax: Axes, explained: Explanations, method: str, index: int, extent: tuple[int, int, int, int]) -> None:
-    values = np.asarray(explained.maps[method][index], dtype=float)
+def _name(shared: Shared, index: int) -> str:
+    """A class as a reader knows it, cut short where it would not fit below a picture."""
+    return shorten(shared.class_names[index], 14, placeholder="…") if shared.class_names else f"class {index}"
+
+
+def _draw_map(ax: Axes, values: NDArray, extent: tuple[int, int, int, int]) -> None:
+    values = values.astype(float)
     ax.set_facecolor(ZERO_COLOR)  # seen through the entries that are masked
     upper = values.max() if values.max() > 0 else 1.0
     ax.imshow(
@@ -137,9 +161,6 @@ def _draw_map(ax: Axes, explained: Explanations, method: str, index: int, extent
         interpolation="nearest",
     )
     ax.set(xlim=extent[:2], ylim=extent[2:])
-    right = explained.predictions[index] == explained.labels[index]
-    text = f"{'✓' if right else '✗'} {explained.predictions[index]} ({100 * explained.confidences[index]:.0f} %)"
-    ax.set_xlabel(text, fontsize=10, color=_RIGHT if right else _WRONG)
 
 
 @house_style()
@@ -162,6 +183,7 @@ def faithfulness_figure(comparison: Comparison, rows: Sequence[Row], styles: Sty
             _draw_methods(ax, y, row, test, methods, styles[row.group.label].color)
         ax.set_xlabel(f"{test} AUC ({hint} is more faithful)")
         tidy(ax, grid="x")
+        ax.xaxis.set_major_locator(MaxNLocator(5))
         for y in range(1, len(rows)):
             ax.axhline(y - 0.5, color="#eeeeee", linewidth=0.8)
     axes[0].set_yticks(range(len(rows)), [wrapped(row.group.label, 24) for row in rows])

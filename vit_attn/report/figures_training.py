@@ -58,7 +58,7 @@ def curves_figure(comparison: Comparison, rows: Sequence[Row], styles: Styles) -
         "curves",
         "Learning curves",
         "Lines: means over seeds; bands: lowest to highest seed. The training loss is that of augmented, smoothed or "
-        f"mixed batches, averaged over {LOSS_BINS} equal parts of the training, and so no measure beside the "
+        f"mixed batches, averaged over at most {LOSS_BINS} equal parts of the training, and so no measure beside the "
         f"validation's. {note} {seeds_note([row.group for row in rows])}".replace("  ", " "),
         f"Line plots of {' and '.join(_CURVES[name] for name in panels)} against the optimizer step, for "
         + ", ".join(row.group.label for row in rows)
@@ -96,12 +96,10 @@ def layers_figure(comparison: Comparison, rows: Sequence[Row], styles: Styles) -
     fig.set_layout_engine("constrained")
     for ax, (name, lines) in zip(fig.subplots(2, 2).flat, found.items(), strict=True):
         for index, (row, layers) in enumerate(lines):
-            # A little beside each other: lines that coincide would hide each other's marks.
-            shift = 0.16 * (index / max(1, len(lines) - 1) - 0.5)
-            _draw_layers(ax, layers, shift, styles[row.group.label])
+            _draw_layers(ax, layers, _beside(index, len(lines)), styles[row.group.label])
         ax.set(xlabel="layer", ylabel=_STATISTICS[name])
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+        ax.set_ylim(0, 1.08 * max(ax.dataLim.y1, 1e-3))
         if name == "zeros":
             ax.set_ylim(-0.04, 1.04)
             ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}")
@@ -120,6 +118,66 @@ def layers_figure(comparison: Comparison, rows: Sequence[Row], styles: Styles) -
         + ".",
         fig,
     )
+
+
+_REACH = {
+    "receptive_field_without_relays": "over patches alone",
+    "receptive_field": "prefix tokens pass on",
+}
+
+
+@house_style()
+def reach_figure(comparison: Comparison, rows: Sequence[Row], styles: Styles) -> Drawing | None:
+    """Draw which share of the patches a patch can depend on after each layer, by the pattern alone."""
+    rows, note = drawn_rows(comparison, rows)
+    reach = {name: [(row, shares) for row in rows if (shares := _reach(row, name))] for name in _REACH}
+    # Without prefix tokens the two are the same.
+    panels = {
+        name: lines
+        for name, lines in reach.items()
+        if lines and (name == "receptive_field" or lines != reach["receptive_field"])
+    }
+    if not panels:
+        return None
+    fig = new_figure(9.4 if len(panels) > 1 else 6.2, 3.6 + legend_height(rows, _LEGEND_COLUMNS))
+    fig.set_layout_engine("constrained")
+    for ax, (name, lines) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for index, (row, shares) in enumerate(lines):
+            layers = [Estimate(share, 0.0, share, share, 1) for share in shares]
+            _draw_layers(ax, layers, 1 + _beside(index, len(lines)), styles[row.group.label])
+        ax.set(xlabel="layers passed", ylabel="share of the patches (%)", ylim=(-0.04, 1.06))
+        ax.set_title(_REACH[name] if len(panels) > 1 else "")
+        ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}")
+        tidy(ax)
+    add_legend(fig, rows, styles, lines=True, columns=_LEGEND_COLUMNS)
+    return Drawing(
+        "reach",
+        "Receptive field over depth",
+        "Share of the patches that a patch's output can depend on, mean over patches: what the pattern allows, the "
+        "residual path included. A class token sees all and is seen by all, so that it passes on from the second layer "
+        "what patches alone never see. Sparse normalizers do not change it: which weights they make zero depends on "
+        f"the image. {note}".strip(),
+        "Line plots of the receptive field by layer. After the last: "
+        + "; ".join(f"{row.group.label} {100 * shares[-1]:.0f} %" for row, shares in next(iter(panels.values())))
+        + ".",
+        fig,
+    )
+
+
+def _reach(row: Row, name: str) -> list[float]:
+    """The receptive field by layer: the same in every run of a group."""
+    for run in row.group.runs:
+        found = (run.results or {}).get("explanations")
+        shares = found.get(name) if isinstance(found, dict) else None
+        if isinstance(shares, list) and shares and all(isinstance(share, (int, float)) for share in shares):
+            return shares
+    return []
+
+
+def _beside(index: int, count: int) -> float:
+    """A little beside each other: lines that coincide would hide each other's marks."""
+    return 0.16 * (index - (count - 1) / 2) / count
 
 
 def _draw_layers(ax: Axes, layers: Sequence[Estimate], shift: float, style: GroupStyle) -> None:

@@ -20,7 +20,7 @@ from vit_attn.report.figures import accuracy_figure, cost_figure, gain_figure
 from vit_attn.report.figures_alpha import alpha_figure, alpha_training_figure
 from vit_attn.report.figures_common import BREAKS, Drawing, group_styles, score_key
 from vit_attn.report.figures_explain import faithfulness_figure, pictures
-from vit_attn.report.figures_training import curves_figure, layers_figure
+from vit_attn.report.figures_training import curves_figure, layers_figure, reach_figure
 from vit_attn.report.summary import Row
 from vit_attn.report.tables import (
     agreement_table,
@@ -36,7 +36,7 @@ from vit_attn.report.words import answer
 _FIGURES = {
     "scores": (accuracy_figure,),
     "cost": (cost_figure,),
-    "training": (curves_figure, layers_figure),
+    "training": (curves_figure, layers_figure, reach_figure),
     "faithfulness": (faithfulness_figure,),
     "zeros": (gain_figure, alpha_figure, alpha_training_figure),
 }

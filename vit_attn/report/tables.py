@@ -139,15 +139,15 @@ def _cost_note(rows: Sequence[Row], timed: bool) -> str:
     if not timed:
         return f"{note} Speed and memory were not measured in these runs."
     speeds = [speed for run in _runs(rows) if (speed := _results(run, "speed"))]
-    devices, batches, owners = (
+    devices, batches = (
         ", ".join(dict.fromkeys(str(speed[key]) for speed in speeds if speed.get(key) is not None))
-        for key in ("device", "batch_size", "peak_memory_of")
+        for key in ("device", "batch_size")
     )
     return (
         f"{note} Speed: medians while training, on {devices or 'an unknown device'}, batch size {batches or '?'}, "
         "one run after another, whatever else the machine did; python -m vit_attn.bench model measures in turn. "
-        f"Peak memory: of the {' or '.join(owners.split(', ')) if owners else 'process or GPU'}, data and libraries "
-        "included."
+        "Peak memory: what forward and backward of one batch hold at most, beyond weights, gradients and optimizer "
+        "state."
     )
 
 

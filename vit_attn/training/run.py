@@ -178,7 +178,6 @@ def _speed(trainer: Trainer, module: Classifier, data: ImageData) -> dict[str, A
         "batch_size": data.batch_size,
         "devices": trainer.world_size,
         "peak_memory_bytes": _step_memory(trainer, module, data),
-        "peak_memory_of": "one training step",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
 
