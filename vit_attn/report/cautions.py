@@ -24,7 +24,7 @@ def cautions(groups: Sequence[Group], differing: Sequence[str], repeats: Sequenc
 
 def _settings(groups: Sequence[Group], differing: Sequence[str]) -> Iterator[str]:
     for key in differing:
-        values = [(group.settings.get(key), group.mechanism) for group in groups]
+        values = [(group.settings.get(key), group.mechanism) for group in groups if group.reads(key)]
         yield f"{key} differs: {_by_value(values)}: not a comparison of attention alone"
 
 
@@ -49,7 +49,7 @@ def _facts(groups: Sequence[Group]) -> Iterator[str]:
         ("test images per class", _test_split, "the scores are not of the same test split"),
         ("the images of the attention statistics", _reader("attention_images"), "zeros and entropy may differ by it"),
         ("the scored checkpoint", _reader("checkpoint"), "the scores are of different moments of the training"),
-        ("data.root", lambda run: run.config.get("data", {}).get("root"), "are these the same images?"),
+        ("data.root", lambda run: _inside(run.config, "data", "root"), "are these the same images?"),
         *((name, _reader("environment", name), "scores and speed may differ by it") for name in _PACKAGES),
         *((" of ".join(reversed(path)), _reader(*path), "speed and memory are not comparable") for path in _MACHINE),
     ):
@@ -66,13 +66,13 @@ _MACHINE = (
 
 
 def _reader(*path: str) -> Callable[[Run], Any]:
-    def read(run: Run) -> Any:
-        value: Any = run.results
-        for key in path:
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
+    return lambda run: _inside(run.results, *path)
 
-    return read
+
+def _inside(node: Any, *path: str) -> Any:
+    for key in path:
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
 
 
 def _test_split(run: Run) -> str | None:

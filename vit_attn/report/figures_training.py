@@ -137,7 +137,8 @@ def reach_figure(comparison: Comparison, rows: Sequence[Row], styles: Styles) ->
         for name, lines in reach.items()
         if lines and (name == "receptive_field" or lines != reach["receptive_field"])
     }
-    if not panels:
+    # Where every mechanism sees all at once there is nothing to draw.
+    if all(min(shares) == 1 for lines in panels.values() for _, shares in lines):
         return None
     fig = new_figure(9.4 if len(panels) > 1 else 6.2, 3.6 + legend_height(rows, _LEGEND_COLUMNS))
     fig.set_layout_engine("constrained")

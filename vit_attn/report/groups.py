@@ -39,10 +39,18 @@ class Group:
         """The label without the differences: "entmax α=1.3"."""
         return mechanism_label(self.attention, self.options)
 
+    def reads(self, key: str) -> bool:
+        """Whether anything reads this key of the configuration: how α is annealed matters where it is annealed."""
+        return not _within(key, _ANNEALING) or self.options.get("anneal_alpha_from") is not None
+
     @property
     def seeds(self) -> tuple[int, ...]:
         """The seeds of the runs."""
         return tuple(run.seed for run in self.runs if run.seed is not None)
+
+
+def _within(key: str, part: str) -> bool:
+    return key == part or key.startswith(part + ".")
 
 
 def gather(runs: Sequence[Run]) -> tuple[list[Group], list[Run]]:
@@ -90,9 +98,7 @@ def _settings(config: dict[str, Any], options: Mapping[str, Any]) -> dict[str, A
     return {
         key: value
         for key, value in identity(config).items()
-        if value is not None
-        and key != "seed"
-        and not any(key == part or key.startswith(part + ".") for part in left_out)
+        if value is not None and key != "seed" and not any(_within(key, part) for part in left_out)
     }
 
 
@@ -110,10 +116,13 @@ def frozen(value: Any) -> Any:
 def differing_keys(groups: Sequence[Group]) -> list[str]:
     """List the keys of ``settings`` in which groups differ.
 
-    What comes and goes with another ``_target_`` or ``enabled``, as a loss brings its own options, is not listed.
+    What comes and goes with another ``_target_`` or ``enabled``, as a loss brings its own options, is not listed;
+    nor is what only some groups read, unless those differ in it.
     """
     keys = sorted({key for group in groups for key in group.settings})
-    different = [key for key in keys if len({frozen(group.settings.get(key)) for group in groups}) > 1]
+    different = [
+        key for key in keys if len({frozen(group.settings.get(key)) for group in groups if group.reads(key)}) > 1
+    ]
 
     def goes_along(key: str) -> bool:
         parent, _, name = key.rpartition(".")
@@ -133,7 +142,7 @@ def labelled(groups: Sequence[Group], base: Group, keys: Sequence[str]) -> tuple
         differences = {
             key: group.settings.get(key)
             for key in keys
-            if frozen(group.settings.get(key)) != frozen(base.settings.get(key))
+            if group.reads(key) and frozen(group.settings.get(key)) != frozen(base.settings.get(key))
         }
         words = [f"{key.removesuffix('._target_')}={_value(key, value)}" for key, value in differences.items()]
         full[index] = replace(group, label=" · ".join([group.mechanism, *words]), differences=differences)

@@ -104,11 +104,24 @@ def _read_run(folder: Path) -> Run:
     curves = read(_read_curves, folder / "logs" / "metrics.csv", {})
     seed = next((value for value in (config.get("seed"), (results or {}).get("seed")) if type(value) is int), None)
     state, reason = _state(config, results, status, curves)
-    if not broken and (seed is None or not _part(config, "model").get("attention")):
-        broken.append("config.yaml: holds no " + ("seed" if seed is None else "model.attention"))
+    if not broken:
+        broken += [f"config.yaml: {problem}" for problem in _problems(config, seed)]
     if broken:
         state, reason = "failed", "; ".join(broken)
     return Run(folder, folder.name, config, results, state, reason, seed, curves, _updated(folder, status))
+
+
+def _problems(config: dict[str, Any], seed: int | None) -> list[str]:
+    """List what a comparison needs of the configuration and does not find."""
+    model = _part(config, "model")
+    attention, options = model.get("attention"), model.get("attention_options")
+    specs = attention if isinstance(attention, list) else [attention]
+    problems = ["holds no seed"] if seed is None else []
+    if not specs or not all(isinstance(spec, str) and spec for spec in specs):
+        problems.append(one_line(f"model.attention is {attention!r}"))
+    if options is not None and not isinstance(options, dict):
+        problems.append(one_line(f"model.attention_options is {options!r}"))
+    return problems
 
 
 def _state(
