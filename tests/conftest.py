@@ -112,13 +112,14 @@ def evaluate() -> Any:
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Leave out the final pictures, for tests that train often and look at other things."""
+    """Leave out the final pictures and reports, for tests that train often and look at other things."""
     for module in ("vit_attn.training.run", "vit_attn.training.evaluation"):
         monkeypatch.setattr(f"{module}.write_panels", lambda *args, **kwargs: {})
         monkeypatch.setattr(f"{module}.write_masks", lambda *args, **kwargs: [])
     for name in ("confusion_figure", "reliability_figure"):
         monkeypatch.setattr(f"vit_attn.training.evaluation.{name}", lambda *args, **kwargs: None)
     monkeypatch.setattr("vit_attn.training.evaluation.save_figure", lambda figure, path: path)
+    monkeypatch.setattr("vit_attn.report.write.write_report", lambda paths: paths[0] / "report" / "report.html")
 
 
 def load_command(name: str) -> ModuleType:

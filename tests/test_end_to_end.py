@@ -72,8 +72,13 @@ def test_train_then_evaluate(tmp_path, tiny):
 
 def test_a_multirun_makes_a_run_of_every_combination(tmp_path, tiny):
     limits = ("trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "test=false", "experiment_name=many")
-    run("train", tmp_path, *tiny, *limits, "-m", "model.attention=softmax,entmax", "seed=1,2")
-    folders = sorted(path for path in (tmp_path / "experiments" / "many").iterdir() if path.is_dir())
+    printed = run("train", tmp_path, *tiny, *limits, "-m", "model.attention=softmax,entmax", "seed=1,2")
+    report = tmp_path / "experiments" / "many" / "report"
+    assert f"report     {report.relative_to(tmp_path) / 'report.html'}" in printed
+    with (report / "results.csv").open() as file:
+        compared = [(row["mechanism"], row["seed"], row["state"]) for row in csv.DictReader(file)]
+    assert compared == [(name, seed, "finished") for name in ("softmax", "entmax") for seed in "12"]
+    folders = sorted(path for path in report.parent.iterdir() if path.is_dir() and path != report)
     assert [folder.name.rpartition("_")[0] for folder in folders] == [
         f"{attention}_seed{seed}" for attention in ("entmax", "softmax") for seed in (1, 2)
     ]
@@ -182,7 +187,7 @@ def test_a_multirun_of_two_processes_each_runs_every_job_once(tmp_path, tiny):
     settings = [setting for setting in tiny if setting != "trainer=cpu"]
     limits = ("trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "test=false")
     printed = run("train", tmp_path, *settings, *limits, "trainer=ddp_cpu", "-m", "seed=1,2")
-    folders = sorted(path for path in (tmp_path / "experiments" / "default").iterdir() if path.is_dir())
+    folders = sorted((tmp_path / "experiments" / "default").glob("softmax*"))
     assert [folder.name.rpartition("_")[0] for folder in folders] == ["softmax_seed1", "softmax_seed2"]
     assert printed.count("results    ") == 2
     for folder in folders:

@@ -109,12 +109,13 @@ def _metrics(config: dict[str, Any], rng: Any, *, acc: float, epochs: int, layer
         },
         "speed": {
             **{"images_per_second": images_per_second, "step_seconds": 32 / images_per_second, "batch_size": 32},
-            **{"peak_memory_bytes": 700_000_000, "peak_memory_of": "process", "device": "cpu"},
+            **{"peak_memory_bytes": 700_000_000, "device": "cpu"},
         },
         "cost": {
             **{"parameters": 459_562, "flops": 65_000_000, "attention_flops": 6_400_000},
             **{"flops_by_entries": 58_600_000 + round(6_400_000 * (1 - zeros)), "entries": [entries] * layers},
-            **{"sparsity": [zeros] * layers, "layers": [f"{attention} (fused)"] * layers, "why": ["asked for"] * layers},
+            **{"sparsity": [zeros] * layers, "why": ["asked for"] * layers},
+            "layers": [f"{attention} (fused)"] * layers,
         },
         "attention_statistics": {
             str(layer): {
@@ -140,7 +141,8 @@ def _write_curves(path: Path, results: dict[str, Any], config: dict[str, Any], r
         epoch, share = divmod(step, STEPS_PER_EPOCH)[0], (step + 1) / steps
         row: dict[str, float] = {"step": step, "epoch": epoch}
         if step % 5 == 4:
-            row |= {"train/loss": 0.3 + 2 * math.exp(-4 * share) + 0.05 * rng.random(), "train/acc": 1 - 0.9 / (1 + 9 * share)}
+            row |= {"train/loss": 0.3 + 2 * math.exp(-4 * share) + 0.05 * rng.random()}
+            row |= {"train/acc": 1 - 0.9 / (1 + 9 * share)}
             row |= {"train/lr": 1e-3 * (1 - share), "speed/images_per_second": 500 + 50 * rng.random()}
         if step % STEPS_PER_EPOCH == STEPS_PER_EPOCH - 1:
             row |= {"val/loss": 0.3 + 2 * math.exp(-3 * share), "val/ece": 0.05 + 0.02 * rng.random()}
@@ -150,7 +152,8 @@ def _write_curves(path: Path, results: dict[str, Any], config: dict[str, Any], r
                 if options.get("learnable_alpha") or options.get("anneal_alpha_from"):
                     start = options.get("anneal_alpha_from") or 1.5
                     for head in range(3):
-                        drift = 0.2 * share * rng.random() if options.get("learnable_alpha") else min(2 * share, 1) * 0.4
+                        learned = options.get("learnable_alpha")
+                        drift = 0.2 * share * rng.random() if learned else min(2 * share, 1) * 0.4
                         row[f"attention/alpha/layer_{int(layer):02d}/head_{head}"] = start + drift
         if len(row) > 2:
             rows.append(row)
@@ -196,3 +199,17 @@ def make_run(compose: Any, tmp_path: Path) -> Any:
 def run_writer(compose: Any) -> Any:
     """``run_writer(folder, attention=…, seed=…, …)``; :func:`write_run` for fixtures that live longer than a test."""
     return functools.partial(write_run, compose)
+
+
+@pytest.fixture
+def comparison_of(make_run: Any, tmp_path: Path) -> Any:
+    """``comparison_of({…}, {…}, baseline=…)``: write a run for each dictionary, and compare what lies there."""
+    from vit_attn.report.compare import compare
+    from vit_attn.report.runs import read_runs
+
+    def build(*runs: dict[str, Any], **options: Any) -> Any:
+        for run in runs:
+            make_run(**{"curves": False, **run})
+        return compare(read_runs([tmp_path / "experiment"]), **options)
+
+    return build

@@ -34,7 +34,7 @@ def _lengths(groups: Sequence[Group]) -> Iterator[str]:
     for group in groups:
         may_stop = group.settings.get("callbacks.early_stopping.enabled") or "trainer.max_time" in group.settings
         if not may_stop:
-            alike.setdefault(frozen(group.settings), []).append(group)
+            alike.setdefault(group.regime, []).append(group)
     for members in alike.values():
         for key in ("epochs", "steps"):
             text = _by_run(members, _reader(key))

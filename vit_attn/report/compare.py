@@ -1,5 +1,6 @@
 """A comparison: groups of finished runs, their baseline, and what to know before reading it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -87,7 +88,7 @@ def _default_baseline(groups: Sequence[Group]) -> Group:
     plain = [group for group in groups if group.mechanism == _DEFAULT_BASELINE]
 
     def runs_alike(group: Group) -> int:
-        return sum(len(other.runs) for other in groups if frozen(other.settings) == frozen(group.settings))
+        return sum(len(other.runs) for other in groups if other.regime == group.regime)
 
     if plain:
         return max(plain, key=runs_alike)
@@ -100,8 +101,9 @@ def _zeros(group: Group) -> float:
     for run in group.runs:
         layers = (run.results or {}).get("attention_statistics")
         layers = layers.values() if isinstance(layers, dict) else ()
-        shares += [layer["zeros"] for layer in layers if isinstance(layer, dict) and "zeros" in layer]
-    return fmean(shares) if shares else 1.0
+        shares += [layer.get("zeros") for layer in layers if isinstance(layer, dict)]
+    known = [share for share in shares if isinstance(share, (int, float)) and math.isfinite(share)]
+    return fmean(known) if known else 1.0
 
 
 def _named_baseline(name: str, groups: Sequence[Group]) -> Group:

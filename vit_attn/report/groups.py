@@ -39,6 +39,11 @@ class Group:
         """The label without the differences: "entmax α=1.3"."""
         return mechanism_label(self.attention, self.options)
 
+    @property
+    def regime(self) -> Any:
+        """All of ``settings`` that every mechanism reads, hashable: groups that were trained alike have the same."""
+        return frozen({key: value for key, value in self.settings.items() if not _within(key, _ANNEALING)})
+
     def reads(self, key: str) -> bool:
         """Whether anything reads this key of the configuration: how α is annealed matters where it is annealed."""
         return not _within(key, _ANNEALING) or self.options.get("anneal_alpha_from") is not None

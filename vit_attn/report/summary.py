@@ -109,7 +109,8 @@ def _layers(run: Run) -> list[dict[str, Any]]:
     """Attention statistics in the order of depth."""
     found = _inside(run.results, "attention_statistics")
     layers = found if isinstance(found, dict) else {}
-    return [layers[key] for key in sorted(layers, key=int) if isinstance(layers[key], dict)]
+    depths = sorted((key for key in layers if key.isdigit()), key=int)
+    return [layers[key] for key in depths if isinstance(layers[key], dict)]
 
 
 def summarize(comparison: Comparison) -> list[Row]:
@@ -193,7 +194,7 @@ def format_estimate(column: Column, found: Estimate) -> str:
     """Write a mean with its unit, and ± its standard deviation where there is one: "97.22 ± 0.41 %"."""
     if math.isnan(found.mean):
         return "–"
-    scale, unit, digits = _scale(column, found.mean)
+    scale, unit, digits = _scale(column, found)
     mean = f"{found.mean * scale:,.{digits}f}"
     # What is counted, not measured, is the same in every seed.
     spread = f" ± {found.std * scale:,.{digits}f}" if found.std > 0 else ""
@@ -202,8 +203,9 @@ def format_estimate(column: Column, found: Estimate) -> str:
     return f"{mean}{spread}{' ' * bool(unit)}{unit}"
 
 
-def _scale(column: Column, mean: float) -> tuple[float, str, int]:
+def _scale(column: Column, found: Estimate) -> tuple[float, str, int]:
     """Factor, unit and digits after the point."""
+    mean = found.mean
     if column.unit == "%":
         return 100.0, "%", column.digits or 0
     if column.digits is not None:
@@ -212,6 +214,6 @@ def _scale(column: Column, mean: float) -> tuple[float, str, int]:
     size, prefix = next((step for step in steps if abs(mean) >= step[0]), steps[-1] if mean else (1.0, ""))
     unit = prefix if column.unit == "B" else f"{prefix}{column.unit}"
     shown = abs(mean) / size
-    if size == 1 and mean == round(mean):
+    if size == 1 and mean == round(mean) and not found.std > 0:
         return 1.0, unit, 0
     return 1 / size, unit, 0 if shown >= 100 else 1 if shown >= 10 else 2

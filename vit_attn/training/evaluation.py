@@ -152,8 +152,8 @@ def _print(results: dict[str, Any], class_names: list[str]) -> None:
 
     layers = Table(title="attention on test images", title_justify="left")
     layers.add_column("layer", justify="right")
-    layers.add_column("mechanism")
-    for column in ("exact zeros", "entropy (nats)", "keys per query", "distance (patches)"):
+    layers.add_column("mechanism", no_wrap=True)
+    for column in ("zeros", "entropy (nats)", "keys per query", "distance (patches)"):
         layers.add_column(column, justify="right")
     for layer, values in results["attention_statistics"].items():
         mechanism = cost["layers"][int(layer)].split(" ")[0]
