@@ -49,6 +49,19 @@ def test_evaluate_composes_with_every_data_set(compose, choice):
     assert config.data == compose(f"data={choice}").data
 
 
+def read_recipe(name):
+    """A recipe with what it builds on: its settings, and the choices of other groups that it names."""
+    own = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text())
+    settings, choices = OmegaConf.create(), {}
+    for entry in own.pop("defaults"):
+        if isinstance(entry, dict):
+            choices |= {key.removeprefix("override /"): value for key, value in entry.items()}
+        elif entry != "_self_":
+            inherited, more = read_recipe(entry)
+            settings, choices = OmegaConf.merge(settings, inherited), {**choices, **more}
+    return OmegaConf.merge(settings, own), choices
+
+
 RECIPES = [choice for group, choice in CHOICES if group == "experiment"]
 TRAINERS = [choice for group, choice in CHOICES if group == "trainer"]
 
@@ -56,11 +69,11 @@ TRAINERS = [choice for group, choice in CHOICES if group == "trainer"]
 @pytest.mark.parametrize(("recipe", "trainer"), itertools.product(RECIPES, TRAINERS))
 def test_every_recipe_composes_with_every_trainer(compose, recipe, trainer):
     config = compose(f"experiment={recipe}", f"trainer={trainer}")
-    own = yaml.safe_load((CONF / "experiment" / f"{recipe}.yaml").read_text())
+    own, _ = read_recipe(recipe)
     assert config.trainer.max_epochs == own["trainer"]["max_epochs"]
     for key in ("accelerator", "devices", "strategy", "precision"):
         assert config.trainer[key] == compose(f"trainer={trainer}").trainer[key], key
-    assert config.experiment_name == recipe
+    assert config.experiment_name == own["experiment_name"] == recipe
     for key, value in own["model"].items():
         assert config.model[key] == value
     parse_attention(plain(config.model)["attention"], options_of(config))
@@ -68,8 +81,7 @@ def test_every_recipe_composes_with_every_trainer(compose, recipe, trainer):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_takes_the_choices_that_it_names(compose, recipe):
-    own = yaml.safe_load((CONF / "experiment" / f"{recipe}.yaml").read_text())
-    choices = {key.removeprefix("override /"): value for entry in own["defaults"] for key, value in entry.items()}
+    own, choices = read_recipe(recipe)
     assert choices.keys() >= {"data", "trainer"}  # by name, so that a recipe means the same on every machine
     config = compose(f"experiment={recipe}")
     for group, choice in choices.items():

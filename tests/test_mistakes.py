@@ -31,6 +31,13 @@ ATTENTION = [
     (["model.attention=strided+entmax"], "strided+entmax", "entmax+strided"),
     (["model.attention=a+b+c"], "a+b+c"),
     (["model.attention=[]"], "[]"),
+    (
+        [
+            *("model.attention=entmax", "model.attention_options.anneal_alpha_from=1.01"),
+            "callbacks.alpha_annealing.enabled=false",
+        ],
+        "callbacks.alpha_annealing.enabled=true",
+    ),
     (["model.attention=null"], "None"),
     (["model.attention=7"], "7"),
     (["model.attention=[strided,fulll]"], "fulll", "'full'"),

@@ -1,14 +1,17 @@
 """The layer that replaces timm's Attention, alone and inside timm's blocks."""
 
 import copy
+import shutil
 from types import SimpleNamespace
 
+import entmax as package
 import pytest
 import torch
 from timm.layers import Attention as TimmAttention
 from timm.layers import set_fused_attn
 from timm.utils import AttentionExtract
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from vit_attn.attention import (
     Attention,
@@ -19,8 +22,12 @@ from vit_attn.attention import (
     observe_attention,
     parse_spec,
 )
+from vit_attn.attention import compiled as compiling
 from vit_attn.models import create_vit
 
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="torch.compile needs a C++ compiler"
+)
 HEADS, DIM, GRID = 3, 24, (3, 4)
 N = 1 + 12
 VARIANTS = {
@@ -163,6 +170,133 @@ def test_learned_alpha_changes_only_its_own_head():
 @pytest.mark.parametrize("spec", ["softmax", "entmax15", "sparsemax", "strided"])
 def test_only_entmax_gets_an_alpha_to_learn(spec):
     assert "alpha_logit" not in layer(spec, learnable_alpha=True).state_dict()
+
+
+@pytest.mark.parametrize(("start", "end"), [(1.01, 1.5), (1.1, 1.7), (2.0, 1.3)])
+def test_annealed_alpha_goes_from_its_start_to_exactly_the_option(start, end):
+    swapped = layer("entmax+strided", anneal_alpha_from=start, alpha=end)
+    seen = [swapped.alpha.clone()]
+    arrived = [swapped.alpha_has_arrived()]
+    for progress in (0.0, 0.25, 1.0):
+        swapped.anneal_alpha(progress)
+        seen.append(swapped.alpha.clone())
+        arrived.append(swapped.alpha_has_arrived())
+    for alpha, wanted in zip(seen, (start, start, 0.75 * start + 0.25 * end, end), strict=True):
+        assert alpha.shape == (HEADS,)
+        torch.testing.assert_close(alpha, torch.full((HEADS,), wanted), rtol=0, atol=1e-6)
+    assert torch.equal(seen[0], torch.full((HEADS,), start))
+    assert torch.equal(seen[3], torch.full((HEADS,), end))
+    assert arrived == [False, False, False, True]
+
+
+@pytest.mark.parametrize("implementation", ["dense", "blocks"])
+@pytest.mark.parametrize("spec", ["entmax", "entmax+strided"])
+def test_an_annealed_alpha_weighs_as_the_entmax_package_does_at_that_alpha(spec, implementation):
+    source = timm_attention(qkv_bias=True)
+    nn.init.normal_(source.qkv.weight)  # scores that spread, so that α matters
+    swapped = layer(spec, source, anneal_alpha_from=1.1, alpha=1.9, implementation=implementation)
+    q, k, v = source.qkv(tokens()).reshape(2, N, 3, HEADS, DIM // HEADS).permute(2, 0, 3, 1, 4)
+    scores = q @ k.mT * source.scale
+    if spec != "entmax":
+        allowed = make_pattern("strided", num_tokens=12, num_prefix_tokens=1, grid_size=GRID).allowed()
+        scores = scores.masked_fill(~allowed, -1e9)
+    outs = []
+    for progress, alpha in ((0.0, 1.1), (0.5, 1.5), (1.0, 1.9)):
+        swapped.anneal_alpha(progress)
+        weights = package.entmax_bisect(scores.double(), alpha, n_iter=100).float()
+        wanted = source.proj((weights @ v).transpose(1, 2).reshape(2, N, DIM))
+        outs.append(swapped(tokens()))
+        torch.testing.assert_close(outs[-1], wanted, rtol=1e-4, atol=1e-4)
+    assert (outs[0] - outs[1]).abs().max() > 0.01
+    assert (outs[1] - outs[2]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("implementation", ["dense", "blocks"])
+@pytest.mark.parametrize("spec", ["entmax", "entmax+strided"])
+def test_an_annealed_alpha_has_the_outputs_and_gradients_of_a_fixed_one(spec, implementation):
+    grads = []
+    for options in ({"alpha": 1.3}, {"anneal_alpha_from": 1.1, "alpha": 1.5}):
+        swapped = layer(spec, implementation=implementation, **options)
+        if swapped.anneals:
+            swapped.anneal_alpha(0.5)
+        x = tokens().requires_grad_()
+        out = swapped(x)
+        out.square().sum().backward()
+        grads.append([out, x.grad, *(parameter.grad for parameter in swapped.parameters())])
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", ["entmax", "entmax+strided"])
+def test_no_gradient_is_taken_to_an_annealed_alpha(spec):
+    source = timm_attention()
+    swapped = layer(spec, source, anneal_alpha_from=1.1)
+    assert [id(parameter) for parameter in swapped.parameters()] == [id(parameter) for parameter in source.parameters()]
+    swapped(tokens()).square().sum().backward()
+    assert not swapped.alpha.requires_grad
+    assert swapped.annealed_alpha.grad is None
+
+
+def test_a_state_dict_carries_an_annealed_alpha():
+    source, target = (layer("entmax", anneal_alpha_from=1.1, alpha=1.9) for _ in range(2))
+    source.anneal_alpha(0.75)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target.alpha, source.alpha)
+    torch.testing.assert_close(target.alpha, torch.full((HEADS,), 1.7))
+    assert torch.equal(target(tokens()), source(tokens()))
+
+
+@pytest.mark.parametrize("spec", ["softmax", "entmax15", "sparsemax", "strided"])
+def test_only_entmax_gets_an_alpha_to_anneal(spec):
+    swapped = layer(spec, anneal_alpha_from=1.1)
+    assert "annealed_alpha" not in swapped.state_dict()
+    assert not swapped.anneals
+    assert swapped.alpha_has_arrived()
+
+
+def test_a_deep_copy_has_an_annealed_alpha_of_its_own():
+    model = tiny_vit("entmax", attention_options={"anneal_alpha_from": 1.1, "alpha": 1.9})
+    twin = copy.deepcopy(model)
+    for swapped in attention_layers(twin):
+        swapped.anneal_alpha(1.0)
+    assert [float(swapped.alpha[0]) for swapped in attention_layers(model)] == pytest.approx([1.1] * 3)
+    assert [float(swapped.alpha[0]) for swapped in attention_layers(twin)] == pytest.approx([1.9] * 3)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "blocks"])
+def test_a_compiled_model_is_not_compiled_again_when_alpha_moves(implementation):
+    options = {"anneal_alpha_from": 1.1, "alpha": 1.9, "implementation": implementation}
+    model = tiny_vit("entmax+strided", attention_options=options).train()
+    model(images())  # lays the masks: what is made once must not count
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter)
+    for progress in (0.0, 0.3, 0.7, 1.0):
+        for swapped in attention_layers(model):
+            swapped.anneal_alpha(progress)
+        out = compiled(images())
+        torch.testing.assert_close(out, model(images()), rtol=0, atol=1e-5)
+        out.square().sum().backward()
+    torch._dynamo.reset()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_the_kernels_of_the_engine_are_not_compiled_again_when_alpha_moves(monkeypatch):
+    monkeypatch.setattr(compiling, "COMPILE_FROM", 0)
+    monkeypatch.setattr(compiling, "_works", True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    swapped = layer("entmax+strided", anneal_alpha_from=1.1, alpha=1.9, implementation="blocks")
+    graphs = []
+    for progress in (0.0, 0.3, 0.7, 1.0):
+        swapped.anneal_alpha(progress)
+        swapped(tokens()).square().sum().backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    assert compiling._works
+    assert graphs[0] > 0
+    assert graphs == graphs[:1] * 4
 
 
 @pytest.mark.parametrize("given", [{"attn_mask": torch.ones(N, N, dtype=torch.bool)}, {"is_causal": True}])

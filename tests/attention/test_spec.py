@@ -61,6 +61,26 @@ def test_alpha_is_learned_by_entmax_alone():
     assert [mechanism.learnable_alpha for mechanism in mechanisms] == [True, False, False]
 
 
+def test_alpha_is_annealed_by_entmax_alone():
+    mechanisms = parse_attention(["entmax+strided", "entmax15", "sparsemax", "strided"], {"anneal_alpha_from": 2})
+    assert [mechanism.anneal_alpha_from for mechanism in mechanisms] == [2.0, None, None, None]
+    assert mechanisms[0].alpha == 1.5
+    assert parse_spec("entmax").anneal_alpha_from is None
+
+
+def test_an_annealed_alpha_may_be_said_not_to_be_learned():
+    (mechanism,) = parse_attention("entmax", {"anneal_alpha_from": 1.01, "learnable_alpha": False})
+    assert (mechanism.anneal_alpha_from, mechanism.learnable_alpha) == (1.01, False)
+
+
+@pytest.mark.parametrize(
+    ("spec", "unused"),
+    [("entmax+fixed", set()), ("softmax", {"anneal_alpha_from"}), ("entmax15", {"anneal_alpha_from"})],
+)
+def test_annealing_is_of_no_use_but_to_entmax(spec, unused):
+    assert parse_spec(spec, AttentionOptions(anneal_alpha_from=1.01)).unused_options() == unused
+
+
 @pytest.mark.parametrize(
     ("spec", "used"),
     [
@@ -114,11 +134,19 @@ def test_a_wrong_spec_is_refused_in_one_line(spec, said):
     ("options", "said"),
     [
         ({"windw": 3}, "unknown attention option 'windw'. Did you mean 'window'?"),
-        ({"heads": 3}, "Allowed: alpha, learnable_alpha, window, stride, dilation, causal, implementation."),
+        (
+            {"heads": 3},
+            "Allowed: alpha, learnable_alpha, anneal_alpha_from, window, stride, dilation, causal, implementation.",
+        ),
         ({"alpha": 1}, "alpha must lie in (1, 2], not 1;"),
         ({"alpha": 2.5}, "alpha must lie in (1, 2], not 2.5"),
         ({"alpha": "1.5"}, "alpha must lie in (1, 2], not '1.5'"),
         ({"alpha": True}, "alpha must lie in (1, 2], not True"),
+        ({"anneal_alpha_from": 1}, "anneal_alpha_from: alpha must lie in (1, 2], not 1;"),
+        ({"anneal_alpha_from": 2.01}, "anneal_alpha_from: alpha must lie in (1, 2], not 2.01"),
+        ({"anneal_alpha_from": True}, "anneal_alpha_from: alpha must lie in (1, 2], not True"),
+        ({"anneal_alpha_from": "softmax"}, "anneal_alpha_from: alpha must lie in (1, 2], not 'softmax'"),
+        ({"anneal_alpha_from": 1.1, "learnable_alpha": True}, "anneal_alpha_from=1.1 and learnable_alpha=true exclude"),
         ({"learnable_alpha": 1}, "learnable_alpha must be true or false, not 1"),
         ({"learnable_alpha": "yes"}, "learnable_alpha must be true or false, not 'yes'"),
         ({"causal": 0}, "causal must be true or false, not 0"),

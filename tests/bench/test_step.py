@@ -7,10 +7,10 @@ from statistics import median
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import WandbLogger
 
 from vit_attn.bench import step as suite
 from vit_attn.tracking.loggers import CsvLogger
+from vit_attn.tracking.wandb_run import WandbRunLogger
 from vit_attn.training.callbacks import AttentionProbe, Throughput
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def test_both_loops_end_with_the_same_weights_on_the_default_trainer(monkeypatch
         assert not mine.requires_grad or not torch.equal(mine, first)
     kinds = {type(callback) for callback in kept["trainer"].callbacks}
     assert {AttentionProbe, Throughput, ModelCheckpoint} <= kinds
-    assert [type(logger) for logger in kept["trainer"].loggers] == [CsvLogger, WandbLogger]
+    assert [type(logger) for logger in kept["trainer"].loggers] == [CsvLogger, WandbRunLogger]
     log = logging.getLogger("vit_attn")
     assert (log.level, log.handlers) == (level, handlers)
 

@@ -282,6 +282,7 @@ def without_speed(rows):
         [9],  # in the last step of an epoch
         [10],  # before the first batch of the second epoch
         [14, 6],  # in the second epoch, then amid what was done again
+        [23, 3],  # twice amid an accumulation, one batch after the step where the second session began to save
         [29],  # in the very last batch
     ],
     ids=str,

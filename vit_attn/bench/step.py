@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig
 
 from vit_attn.arguments import whole
@@ -31,6 +30,7 @@ from vit_attn.bench.output import Column, ConsoleProgress, Spread, Table, millis
 from vit_attn.bench.timing import Timing, quartiles, synchronize
 from vit_attn.config import plain
 from vit_attn.data import ImageData, Images
+from vit_attn.tracking.loggers import finish_loggers
 from vit_attn.training.build import build_data, build_loss, build_module, build_net, build_trainer
 from vit_attn.training.folder import RunFolder
 from vit_attn.training.module import build_optimizer, build_schedule, step_seed
@@ -122,9 +122,7 @@ def measure(batch_size: int, *, steps: int, rounds: int, seed: int, device: torc
         trainer = build_trainer(config, place, None)
         trainer.callbacks.append(turns)  # type: ignore[attr-defined]  # last: its clock starts after the others
         trainer.fit(build_module(config, net, data), datamodule=data)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.finish()
+        finish_loggers(trainer.loggers, failed=False)
     return Timing("bare loop", tuple(turns.bare[1:])), Timing("train.py", tuple(turns.full[1:]))
 
 

@@ -113,7 +113,11 @@ def build_trainer(config: DictConfig, folder: RunFolder, resumed: dict[str, Any]
         ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **kept),
     ]
     if every is not None:
-        callbacks.append(ModelCheckpoint(filename="last", every_n_train_steps=every, **kept))
+        by_step = ModelCheckpoint(filename="last", every_n_train_steps=every, **kept)
+        if resumed is not None:
+            # Lightning forgets it, and would save again amid the next accumulation, whose gradient no checkpoint has.
+            by_step._last_global_step_saved = resumed["global_step"]
+        callbacks.append(by_step)
     bar = shows_progress_bar() and bool(config.trainer.enable_progress_bar)
     if bar:
         callbacks.append(TQDMProgressBar())

@@ -70,6 +70,10 @@ def check_config(config: DictConfig) -> None:
     unused = set.intersection(*(mechanism.unused_options() for mechanism in mechanisms))
     for name in sorted(unused):
         log.info("note: model.attention_options.%s has no use in model.attention=%s", name, config.model.attention)
+    if not config.callbacks.alpha_annealing.enabled and any(each.anneal_alpha_from is not None for each in mechanisms):
+        raise UserError(
+            "model.attention_options.anneal_alpha_from needs callbacks.alpha_annealing.enabled=true: nothing would move α"
+        )
     _check_numbers(config)
     _check_logger(config)
     if config.trainer.max_epochs in (None, -1) and config.trainer.max_steps in (None, -1):
