@@ -72,7 +72,8 @@ def check_config(config: DictConfig) -> None:
         log.info("note: model.attention_options.%s has no use in model.attention=%s", name, config.model.attention)
     if not config.callbacks.alpha_annealing.enabled and any(each.anneal_alpha_from is not None for each in mechanisms):
         raise UserError(
-            "model.attention_options.anneal_alpha_from needs callbacks.alpha_annealing.enabled=true: nothing would move α"
+            "model.attention_options.anneal_alpha_from needs callbacks.alpha_annealing.enabled=true: "
+            "nothing else moves alpha"
         )
     _check_numbers(config)
     _check_logger(config)
