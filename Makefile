@@ -67,7 +67,7 @@ docker-train: ## train in a container; DRY_RUN=1 only shows the command, e.g. ma
 
 .venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "setting up .venv (about 5 GB, once)"
-	@.venv/bin/python -m pip install -qq --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@.venv/bin/python -m pip install -qq --disable-pip-version-check -e '.[dev,slurm]' -c constraints.txt
 	@touch $@
 
 # A half-made .venv is removed: `python -m venv` leaves one behind where Debian's python3-venv is missing.

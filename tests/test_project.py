@@ -39,7 +39,8 @@ def project() -> dict:
 
 
 def dependencies() -> list[str]:
-    return project()["dependencies"] + project()["optional-dependencies"]["dev"]
+    extras = project()["optional-dependencies"]
+    return project()["dependencies"] + extras["dev"] + extras["slurm"]
 
 
 def pins() -> dict[str, str]:
