@@ -6,9 +6,8 @@ python -m vit_attn.launch --lost-rank-status 203 train.py …     # nodes and ad
 torchrun ends with 1 whatever its processes ended with, and does not pass SIGUSR1 and SIGUSR2 on.
 """
 
-import os
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Collection, Sequence
 
 from torch.distributed import DistError
@@ -17,8 +16,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import parse_args, run
 
-LOST_RANK = 75  # EX_TEMPFAIL of sysexits.h: another process of the run is gone, which is where to look for the cause
-MISTAKE = 2
+from vit_attn.errors import LostRankError, UserError
+
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 
 
@@ -33,9 +32,17 @@ def combined_status(exitcodes: Collection[int]) -> int:
     """
 
     def weight(status: int) -> tuple[bool, bool, bool]:
-        return status != MISTAKE, status == LOST_RANK, status >= 128
+        return status != UserError.status, status == LostRankError.status, status >= 128
 
     return min((code if code > 0 else 128 - code for code in exitcodes), key=weight)
+
+
+def parse_launch(arguments: Sequence[str]) -> tuple[Namespace, Namespace]:
+    """The launcher's own options, and torchrun's with the command that it is to run."""
+    own = ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--lost-rank-status", type=int, default=LostRankError.status)
+    options, rest = own.parse_known_args(arguments)
+    return options, parse_args(["--signals-to-handle", SIGNALS, *rest])
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -44,17 +51,14 @@ def launch(arguments: Sequence[str]) -> int:
     0; that of :func:`combined_status`; 128 + signal where the launcher itself was signalled, after its processes have
     ended; 75, or what ``--lost-rank-status`` says, where another node was lost or not found.
     """
-    own = ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--lost-rank-status", type=int, default=LOST_RANK)
-    options, rest = own.parse_known_args(arguments)
-    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", SIGNALS)  # as if --signals-to-handle had been given
+    options, torchrun = parse_launch(arguments)
     try:
-        run(parse_args(rest))
+        run(torchrun)
     except ChildFailedError as error:
         for rank, failure in sorted(error.failures.items()):
             print(f"launch: rank {rank} ended with {failure.exitcode}", file=sys.stderr)
         status = combined_status([failure.exitcode for failure in error.failures.values()])
-        return options.lost_rank_status if status == LOST_RANK else status
+        return options.lost_rank_status if status == LostRankError.status else status
     except SignalException as error:
         print(f"launch: {error.sigval.name} was passed on, and all ranks of this node have ended", file=sys.stderr)
         return 128 + error.sigval
