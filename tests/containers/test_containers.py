@@ -109,6 +109,12 @@ class Container:
         spec["mounts"] = [
             mount for mount in spec["mounts"] if mount["destination"] not in ("/sys/fs/cgroup", "/dev/shm")
         ]
+        # Docker and Kubernetes write this file too; processes of one run find each other by it.
+        hosts = folder / "bundle/hosts"
+        hosts.write_text(f"127.0.0.1 localhost {spec['hostname']}\n")
+        spec["mounts"].append(
+            {"destination": "/etc/hosts", "type": "bind", "source": str(hosts), "options": ["bind", "ro"]}
+        )
         sources = {"data": folder / "data", "experiments": folder / "experiments"}
         for mount in pod()["containers"][0]["volumeMounts"]:
             if mount["name"] in sources:
