@@ -137,7 +137,7 @@ class Container:
             time.sleep(0.05)
         raise AssertionError(self.process.stderr.read() if self.process.stderr else "")
 
-    def wait(self, timeout: float = 180) -> tuple[int, str, str]:
+    def wait(self, timeout: float = 300) -> tuple[int, str, str]:
         out, errors = self.process.communicate(timeout=timeout)
         return self.process.returncode, out, errors
 
@@ -276,10 +276,16 @@ def test_stop_signal_ends_a_container_that_still_imports(run):
     assert time.monotonic() - started < 10
 
 
-@pytest.mark.parametrize(("name", "status"), [("TERM", 143), ("USR1", 138)])
-def test_stopped_container_has_saved_and_another_goes_on(run, tmp_path, name, status):
-    args = (*TINY, f"run_name={name}", "trainer.max_epochs=12", "data.batch_size=16")
-    container = run(*args)
+@pytest.mark.parametrize(
+    ("name", "status", "launched"), [("TERM", 143, False), ("USR1", 138, False), ("TERM", 143, True)]
+)
+def test_stopped_container_has_saved_and_another_goes_on(run, tmp_path, name, status, launched):
+    args = [*TINY, f"run_name={name}", "trainer.max_epochs=4", "data.batch_size=16"]
+    command = None
+    if launched:  # as in pytorchjob.yaml, with two processes on one node
+        args = ["--standalone", "--nproc-per-node=2", "--shutdown-timeout=110", "train.py", *args, "trainer=ddp_cpu"]
+        command = ["tini", "--", "python", "-m", "vit_attn.launch"]
+    container = run(*args, command=command)
     until(lambda: len(train_steps(metrics(tmp_path, name))) > 20, container)
     container.kill(name)
     stopped, _, errors = container.wait(120)  # the grace period
@@ -289,7 +295,7 @@ def test_stopped_container_has_saved_and_another_goes_on(run, tmp_path, name, st
     before = len(train_steps(metrics(tmp_path, name)))
     container.remove()
 
-    finished, _, errors = run(*args).wait()
+    finished, _, errors = run(*args, command=command).wait()
     assert finished == 0, errors
     steps = train_steps(metrics(tmp_path, name))
     assert steps == list(range(len(steps)))  # none missing, none twice
