@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -97,3 +98,34 @@ def test_a_node_that_never_comes_is_named(tmp_path):
     )
     assert done.returncode == 203, done.stderr
     assert "launch: lost, or did not find, another node" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_nodes_meet_by_what_the_training_operator_tells_them(tmp_path):
+    """Kubeflow's operator sets PET_… for torchrun, and per pod what other launchers read."""
+    (tmp_path / "script.py").write_text(
+        "import os, sys\n"
+        "import torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "open(f'{os.environ[\"RANK\"]}-of-{os.environ[\"WORLD_SIZE\"]}', 'w')\n"
+        "dist.barrier()\n"
+        "sys.exit(75 if os.environ['GROUP_RANK'] == '1' else 143)\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    address = {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    count = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "2", "WORLD_SIZE": "4", "PYTHONUNBUFFERED": "0"}
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "vit_attn.launch", "--lost-rank-status=203", "script.py"],
+            cwd=tmp_path,
+            env=clean_environment() | address | count | {"PET_NODE_RANK": node, "RANK": node},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in ("0", "1")
+    ]
+    errors = [node.communicate(timeout=120)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [143, 203], errors
+    assert {path.name for path in tmp_path.glob("*-of-*")} == {f"{rank}-of-4" for rank in range(4)}
