@@ -1,5 +1,8 @@
 """The shared pipeline: settings, splits, loaders."""
 
+import multiprocessing
+import signal
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -246,3 +249,17 @@ def test_fit_resumed_inside_an_epoch_sees_the_same_batches(tmp_path, workers):
     uninterrupted = fit(Recorder(save_at=8, path=path))  # 90 images: 5 batches per epoch
     assert len(uninterrupted) == 15
     assert fit(Recorder(), start=(1, 3), checkpoint=path) == uninterrupted[8:]
+
+
+def test_readers_outlive_a_signal_to_the_whole_job_but_not_a_word_of_the_training():
+    data = loaded(image_size=9, cache_budget=0, batch_size=16, num_workers=1)
+    batches = iter(data.train_dataloader())
+    first = next(batches)
+    (reader,) = multiprocessing.active_children()
+    for signum in (signal.SIGTERM, signal.SIGUSR1):  # from another process, as a scheduler's
+        subprocess.run(["kill", f"-{signum}", str(reader.pid)], check=True)
+    rest = list(batches)
+    assert len([first, *rest]) == 5
+    reader.terminate()
+    reader.join(10)
+    assert reader.exitcode == 0

@@ -4,7 +4,10 @@ A new data set is one module with a subclass of :class:`ImageData` and one YAML 
 attributes, override ``find_classes``, ``load_train`` and ``load_test``, and ``prepare_data`` where it downloads.
 """
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +17,6 @@ from lightning.pytorch import LightningDataModule
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from vit_attn.data.augment import Augment, AugmentOptions, Normalize
 from vit_attn.data.checks import channel_values, choice, number, whole
@@ -44,10 +46,22 @@ def check_same_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             )
 
 
-def _ignore_stop_signals(worker: int) -> None:
-    """A signal to all processes of a job would otherwise kill the next batch before the training has saved."""
-    for signum in SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+def _heed_the_training_alone(worker: int) -> None:
+    """Keep a process that reads images alive when a whole job is signalled: the training needs it until it has saved.
+
+    The process that it reads for can still end it.
+    """
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=_end_at_a_word_of_the_training, daemon=True).start()
+
+
+def _end_at_a_word_of_the_training() -> None:
+    training = multiprocessing.parent_process()
+    assert training is not None
+    while signal.sigwaitinfo(SIGNALS).si_pid != training.pid:
+        pass
+    os._exit(0)
 
 
 class ImageData(LightningDataModule):
@@ -132,7 +146,6 @@ class ImageData(LightningDataModule):
         self.progress = progress
         self.num_skipped: dict[str, int] = {}
         self.start_epoch = self.start_batch = 0
-        self._loaders: list[DataLoader] = []
         self._train: Images | None = None
         self._val: Images | None = None
         self._test: Images | None = None
@@ -263,31 +276,16 @@ class ImageData(LightningDataModule):
 
     def _loader(self, images: Images, batches: TrainBatches | EvalBatches) -> DataLoader:
         workers = self.num_workers if images.streams else 0
-        loader = DataLoader(
+        return DataLoader(
             images,
             sampler=batches,
             batch_size=None,  # the sampler's items are whole batches
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_ignore_stop_signals,
+            worker_init_fn=_heed_the_training_alone,
             generator=torch.Generator(),  # the workers' seeds: not out of the training's global stream
         )
-        self._loaders.append(loader)
-        return loader
-
-    def teardown(self, stage: str | None = None) -> None:
-        """End the processes that read images: they hear no signal, so nobody else can."""
-        while self._loaders:
-            iterator = self._loaders.pop()._iterator
-            if isinstance(iterator, _MultiProcessingDataLoaderIter):
-                iterator._shutdown_workers()
-                for worker in iterator._workers:
-                    worker.kill()  # one that hangs in a read
-
-    def on_exception(self, exception: BaseException) -> None:
-        """The same, where a run fails."""
-        self.teardown()
 
     def _carve(self, train: Images) -> tuple[Images, Images]:
         counts = torch.bincount(train.labels, minlength=self.num_classes)
