@@ -1,8 +1,10 @@
 """What the commands without Hydra share: errors of one line, and whole numbers within bounds."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
+
+from hydra._internal.utils import get_args_parser
 
 from vit_attn.errors import UserError
 
@@ -17,6 +19,21 @@ class Parser(argparse.ArgumentParser):
             UserError: always.
         """
         raise UserError(message)
+
+
+def check_flags(arguments: Sequence[str]) -> None:
+    """Refuse flags that Hydra's own parser does not take: it would print its usage.
+
+    Raises:
+        UserError: a flag that does not exist, or lacks its value.
+    """
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(message)
+
+    parser.error = refuse  # type: ignore[method-assign]
+    parser.parse_args(arguments)
 
 
 def whole(lowest: int, highest: int) -> Callable[[str], int]:

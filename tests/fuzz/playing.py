@@ -111,7 +111,7 @@ def _main(program: str) -> Callable[[], object]:
     return module.main
 
 
-def play(program: str, *arguments: str) -> Done:
+def play(program: str, *arguments: str, main: Callable[[], object] | None = None) -> Done:
     """Run a command of the project in this process; what is raised goes on."""
     from vit_attn.console import run_command
 
@@ -120,7 +120,7 @@ def play(program: str, *arguments: str) -> Done:
     try:
         with streams() as (out, err), time_limit(SECONDS):
             try:
-                status = run_command(_main(program))
+                status = run_command(main or _main(program))
             except SystemExit as ended:
                 if isinstance(ended.code, str):
                     print(ended.code, file=sys.stderr)
