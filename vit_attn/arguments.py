@@ -1,16 +1,23 @@
 """What the commands without Hydra share: errors of one line, and whole numbers within bounds."""
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 
-from vit_attn.errors import UserError
+from vit_attn.config import refuse_secrets
+from vit_attn.errors import UserError, one_line
 
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse a command line that holds no secret."""
+        refuse_secrets(sys.argv[1:] if args is None else list(args))
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Refuse a command line.
@@ -18,7 +25,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: always.
         """
-        raise UserError(message)
+        raise UserError(one_line(message))
 
 
 def check_flags(arguments: Sequence[str]) -> None:

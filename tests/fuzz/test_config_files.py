@@ -10,7 +10,17 @@ from values import NESTED, PLAIN
 _NAMES = st.sampled_from(
     [
         *("model", "data", "trainer", "optimizer", "loss", "callbacks", "lr_schedule", "seed", "run_name", "defaults"),
-        *("model.depth", "experiment_name", "experiments_dir", "hydra", "logger", "nope", "<<", "_target_", "overwrite"),
+        *(
+            "model.depth",
+            "experiment_name",
+            "experiments_dir",
+            "hydra",
+            "logger",
+            "nope",
+            "<<",
+            "_target_",
+            "overwrite",
+        ),
     ]
 )
 _DEEP = "a: " + "[" * 3000 + "]" * 3000
@@ -21,8 +31,27 @@ YAML = st.one_of(
     st.text(max_size=60),
     st.sampled_from(
         [
-            *("a: [1", "a: 'b", "a:\n\tb", "a: b: c", "- 1\n- 2", "3", "null", "", "%YAML 9", "a: *nope", "a: !!nope x"),
-            *("a: !!python/object/apply:os.system ['false']", "? [a]\n: b", "a: 1\na: 2", "\0", "\x1b[31m", "---\n---\n"),
+            *(
+                "a: [1",
+                "a: 'b",
+                "a:\n\tb",
+                "a: b: c",
+                "- 1\n- 2",
+                "3",
+                "null",
+                "",
+                "%YAML 9",
+                "a: *nope",
+                "a: !!nope x",
+            ),
+            *(
+                "a: !!python/object/apply:os.system ['false']",
+                "? [a]\n: b",
+                "a: 1\na: 2",
+                "\0",
+                "\x1b[31m",
+                "---\n---\n",
+            ),
             *("seed: 0x", "seed: 1e400", "seed: 2001-01-01", "run_name: 2001-01-01", "model: {depth: ???}", "true: 1"),
             *("defaults: [nope]", "defaults: 3", "defaults: [{model: nope}]", "defaults: [{override /model: x}]"),
             *("x: ${y}\ny: ${x}", "x: ${oc.env:NO_SUCH}", "x: ${", "model: ${data}", "hydra: 1", "hydra: {run: 3}"),
@@ -56,8 +85,23 @@ TEXT_FILES = st.one_of(
     BYTES,
     st.sampled_from(
         [
-            *(b"{", b"[]", b"[1]", b'{"state": 3}', b'[{"epoch": "x", "batch": 0}]', b'[{"epoch": 0}]', b"step\n1,2,3\n"),
-            *(b"step,epoch\nx,y\n", b"step\n99999999999999999999\n", b"\xff\xfe", b'"' * 200000, b"[" * 100000, b"1e999"),
+            *(
+                b"{",
+                b"[]",
+                b"[1]",
+                b'{"state": 3}',
+                b'[{"epoch": "x", "batch": 0}]',
+                b'[{"epoch": 0}]',
+                b"step\n1,2,3\n",
+            ),
+            *(
+                b"step,epoch\nx,y\n",
+                b"step\n99999999999999999999\n",
+                b"\xff\xfe",
+                b'"' * 200000,
+                b"[" * 100000,
+                b"1e999",
+            ),
         ]
     ),
     PLAIN.map(lambda value: repr(value).encode("utf-8", "surrogatepass")),

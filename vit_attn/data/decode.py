@@ -12,7 +12,7 @@ from vit_attn.errors import UserError, one_line
 
 _SIXTEEN_BIT_GREY = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 # PIL reads dozens of others. Some of them start another program, and none is a photograph's.
-FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _MOST_PIXELS = 178_000_000  # where PIL refuses an image as well: half a gigabyte in RGB
 
 

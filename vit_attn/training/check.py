@@ -3,10 +3,11 @@
 import inspect
 import logging
 from math import inf
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import hydra.utils
 import torch
+from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from vit_attn.attention import parse_attention
@@ -80,6 +81,19 @@ def _check_numbers(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if isinstance(value, int | float) and value > most:
             raise UserError(f"{key} must be at most {most}, not {value!r}")
+
+
+def _check_trainer(config: DictConfig) -> None:
+    """Refuse what Lightning takes and stumbles over later: an argument of its Trainer of another type than it says."""
+    hints = get_type_hints(Trainer.__init__)
+    for key, value in plain(config.trainer).items():
+        kinds = {get_origin(kind) or kind for kind in get_args(hints.get(key)) or (hints.get(key),)}
+        if value is None or not all(isinstance(kind, type) for kind in kinds):
+            continue  # null is Lightning's own default; words are its own business
+        number = isinstance(value, int) and not isinstance(value, bool) and float in kinds
+        if not number and not any(type(value) is kind or (kind is dict and isinstance(value, dict)) for kind in kinds):
+            names = " or ".join(sorted(kind.__name__ for kind in kinds if kind in (bool, int, float, str, list, dict)))
+            raise UserError(f"trainer.{key} must be {names}, not {value!r}")
 
 
 def _check_shape(config: DictConfig) -> None:
@@ -166,6 +180,7 @@ def check_config(config: DictConfig) -> None:
             "nothing else moves alpha"
         )
     _check_numbers(config)
+    _check_trainer(config)
     _check_logger(config)
     if config.trainer.max_epochs in (None, -1) and config.trainer.max_steps in (None, -1):
         raise UserError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")

@@ -1,16 +1,19 @@
 """What a checkpoint says of the model that it holds: data of anybody's, read as data and as nothing more."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 import vit_attn
 from vit_attn.errors import UserError, one_line
+from vit_attn.training.failures import named
+from vit_attn.training.finite import NotFiniteError
+from vit_attn.training.stopping import Stopped
 
 _CONF = Path(vit_attn.__file__).parent.parent.absolute() / "conf"
 _SAVED: dict[str, Any] = {
@@ -105,3 +108,28 @@ def as_described(path: Path) -> Iterator[None]:
     except Exception as error:
         why = f"{type(error).__name__}: {one_line(error)[:200]}"
         raise UserError(f"checkpoint {path}: what it describes cannot be built: {why}") from error
+
+
+@contextmanager
+def going_on_from(path: Path | None, has_stepped: Callable[[], bool], config: DictConfig) -> Iterator[None]:
+    """Say that it is the checkpoint that is wrong, where a training that goes on from it fails before its first step.
+
+    Args:
+        path: the checkpoint; None: the training begins, and its errors are its own.
+        has_stepped: whether there has been a step since.
+        config: of the run.
+
+    Raises:
+        UserError: in place of an error that is not known to be another's.
+    """
+    try:
+        yield
+    except (Stopped, NotFiniteError, UserError):
+        raise
+    except Exception as error:
+        if path is None or has_stepped() or named(error, config) is not None:
+            raise
+        why = f"{type(error).__name__}: {one_line(error)[:200]}"
+        raise UserError(
+            f"checkpoint {path}: this run cannot go on from it ({why}); overwrite=true starts the run anew"
+        ) from error
