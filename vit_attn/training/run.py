@@ -125,6 +125,8 @@ def _resume(folder: RunFolder, data: ImageData) -> dict[str, Any] | None:
         return None
     path, resumed = found
     with as_described(path):
+        if type(resumed["global_step"]) is not int:
+            raise TypeError("its global_step is no number")
         check_same_data(resumed["vit_attn"]["data"], data.describe())
         log.info("resuming from %s at step %d", path, resumed["global_step"])
     return resumed | {"path": path}
@@ -179,7 +181,7 @@ def _run(
             with as_described(resumed["path"]):
                 _resume_inside_epoch(resumed, data)
         path = resumed["path"] if resumed is not None else None
-        with going_on_from(path, lambda: resumed is None or trainer.global_step != resumed["global_step"], config):
+        with going_on_from(path, lambda: resumed is None or trainer.global_step > resumed["global_step"], config):
             trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
         results = _score(trainer, module, data, folder, test=config.test)
         results |= {"run": str(config.run_name), "experiment": str(config.experiment_name), "seed": config.seed}
