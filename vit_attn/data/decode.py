@@ -101,4 +101,4 @@ def _reason(error: Exception) -> str:
         return f"not an image, or of none of the formats that are read: {', '.join(FORMATS)}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return one_line(error)
+    return one_line(error)[:300]
