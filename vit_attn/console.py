@@ -36,6 +36,7 @@ _NOISE = (
     r".*decompression bomb",  # up to the size at which PIL refuses an image, it is read
 )
 
+_LONGEST_ARGUMENT = 10_000  # characters: Hydra's parser takes minutes over many more
 _LONGEST = 1000  # characters of an error: who gave a value of many more need not see all of it
 
 
@@ -142,6 +143,9 @@ def run_command(command: Callable[[], object], *, resumes: bool = True) -> int:
     set_up()
     try:
         refuse_secrets(sys.argv[1:])
+        for argument in sys.argv[1:]:
+            if len(argument) > _LONGEST_ARGUMENT:
+                raise UserError(f"an argument of {len(argument)} characters, {argument[:40]!r}…, is too long")
         command()
     except LostRankError as error:
         if is_first_process():  # speaks for all of them

@@ -16,9 +16,9 @@ from vit_attn.data.decode import FORMATS, BrokenImageError, decode_image, natura
 
 MODES = {
     "JPEG": ("RGB", "L", "CMYK"),
-    "PNG": ("RGB", "RGBA", "L", "LA", "P", "1", "I;16", "I"),
+    "PNG": ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"),
     "GIF": ("RGB", "P", "L", "1"),
-    "TIFF": ("RGB", "RGBA", "CMYK", "L", "I;16", "F", "LAB", "YCbCr", "1"),
+    "TIFF": ("RGB", "RGBA", "CMYK", "L", "I;16", "I", "F", "LAB", "YCbCr", "1"),
     "WEBP": ("RGB", "RGBA"),
     "BMP": ("RGB", "L", "1", "P"),
     "PPM": ("RGB", "L", "1"),
