@@ -58,7 +58,7 @@ def test_a_command_line(place, arguments):
 
 @pytest.mark.parametrize(
     "content",
-    [b"a: [1", b"a:\n\tb", b"\xff\xfe", b"3", b"- 1", b"a: *nope", b"a: !!nope x", b"a: " + b"[" * 3000 + b"]" * 3000],
+    [b"a: [1", b"a:\n\tb", b"\xff\xfe", b"3", b"a: *nope", b"a: !!nope x", b"a: " + b"[" * 3000 + b"]" * 3000],
     ids=lambda content: repr(content)[:30],
 )
 def test_a_config_file(place, content):

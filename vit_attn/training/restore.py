@@ -76,7 +76,8 @@ def _compose(name: str, overrides: list[str]) -> DictConfig:
         raise
     except Exception as error:  # nothing but the command line can be wrong here
         raise UserError(f"{type(error).__name__}: {one_line(error)}") from error
-    missing = [key for key in needed if key not in config]
+    present = {str(key) for key in config}  # with those that are ???, which `in` leaves out
+    missing = [key for key in needed if key not in present]
     if missing:
         raise UserError(f"{missing[0]} is missing: {name} needs it")
     return config
