@@ -13,28 +13,34 @@ import traceback
 import hydra
 import torch.distributed
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from vit_attn.console import run_command
-from vit_attn.errors import UserError
+from vit_attn.arguments import check_flags
+from vit_attn.console import explain, run_command
+from vit_attn.errors import UserError, one_line
 from vit_attn.training.run import train
 
 mistakes: list[UserError] = []
 crashes: list[Exception] = []
+composed = False  # whether there has been a job
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def job(config: DictConfig) -> None:
     """Run one configuration; a multirun calls this for each."""
+    global composed
+    composed = True
     # Lightning starts the other processes of a run by repeating the command line: give it that of this job alone.
     sys.argv = [sys.argv[0], *HydraConfig.get().overrides.task, "hydra.mode=RUN"]
     environment = dict(os.environ)
     try:
         train(config)
-    except UserError as error:
+    except (UserError, OmegaConfBaseException) as error:
         # Not through Hydra, which adds lines of its own; and the other jobs of a multirun go on.
-        mistakes.append(error)
+        mistakes.append(error if isinstance(error, UserError) else UserError(explain(error)))
     except Exception as error:
         if HydraConfig.get().mode == RunMode.RUN:
             raise
@@ -51,13 +57,20 @@ def job(config: DictConfig) -> None:
 def main() -> None:
     """Run the command line's one job or many, then say what went wrong."""
     # Hydra's own parser takes -m before the overrides or after them, not in between.
+    check_flags(sys.argv[1:])
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
-    job()
+    try:
+        job()
+    except Exception as error:
+        # Until the first job there is nothing but files and a command line to be wrong.
+        if composed or isinstance(error, HydraException | OmegaConfBaseException | UserError):
+            raise
+        raise UserError(f"the configuration cannot be composed: {type(error).__name__}: {one_line(error)}") from error
     if mistakes:
-        error = UserError("; ".join(dict.fromkeys(map(str, mistakes))))
+        whole = UserError("; ".join(dict.fromkeys(map(str, mistakes))))
         # One that trying again may mend makes the whole worth a try.
-        error.status = max(mistake.status for mistake in mistakes)
-        raise error
+        whole.status = max(mistake.status for mistake in mistakes)
+        raise whole
     if crashes:
         sys.exit(f"error: {len(crashes)} of the runs crashed; their tracebacks are above, and the report names them")
 

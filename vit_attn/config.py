@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from vit_attn.errors import UserError, printable
 
 # Keys that say where and with what a run is computed, not what it computes.
 _PLACE = (
@@ -23,7 +25,11 @@ _MAY_CHANGE = (
     *("trainer.devices", "trainer.num_nodes", "trainer.strategy"),
 )
 
-_SECRET = re.compile(r"(api_?key|token|secret|password|passwd|credential)s?$", re.IGNORECASE)
+_SECRET = re.compile(
+    r"((api|access|account|private|secret|signing)_?key|token|secret|password|passwd|passphrase|credential)s?$",
+    re.IGNORECASE,
+)
+_SHORTEST_SECRET = 8  # characters: less is found by chance
 _TOKENS = ("class_token", "reg_tokens")  # of a Vision Transformer
 _HIDDEN = "<hidden>"
 
@@ -68,10 +74,54 @@ def without_secrets(config: Any, key: str = "") -> Any:
         return {name: without_secrets(value, str(name)) for name, value in config.items()}
     if isinstance(config, (list, tuple)):
         return [without_secrets(value, key) for value in config]
-    if _SECRET.search(key) and key not in _TOKENS and config not in (None, ""):
+    if _names_secret(key) and config not in (None, ""):
         return _HIDDEN
-    secrets = {value for name, value in os.environ.items() if _SECRET.search(name) and len(value) >= 8}
-    return _HIDDEN if isinstance(config, str) and any(secret in config for secret in secrets) else config
+    return _HIDDEN if isinstance(config, str) and held_secret(config) else config
+
+
+def _names_secret(key: str) -> bool:
+    return _SECRET.search(key) is not None and key not in _TOKENS
+
+
+def _environment_secrets() -> dict[str, str]:
+    return {
+        value: name
+        for name, value in os.environ.items()
+        if _SECRET.search(name) and len(value) >= _SHORTEST_SECRET and not os.path.exists(value)
+    }
+
+
+def held_secret(text: str) -> str | None:
+    """Name the variable of the environment whose secret ``text`` holds; None where it holds none."""
+    return next((name for secret, name in _environment_secrets().items() if secret in text), None)
+
+
+def hide_secrets(text: str) -> str:
+    """``text`` with every secret of the environment hidden in it."""
+    for secret in _environment_secrets():
+        text = text.replace(secret, _HIDDEN)
+    return text
+
+
+def refuse_secrets(arguments: Sequence[str]) -> None:
+    """Refuse a command line that holds a secret: lists of processes, logs and a sweep's files would show it.
+
+    Raises:
+        UserError: names the key, never the value.
+    """
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        name = key.lstrip("+~-").rpartition(".")[2].replace("-", "_")
+        inside = [word for word in re.findall(r"(\w+)[\"']?\s*:", value) if _names_secret(word)]
+        if _names_secret(name) and value not in ("null", "''", '""') and (value or key.startswith("--")):
+            inside.insert(0, name)
+        variable = held_secret(argument)
+        if inside or variable:
+            what = printable(inside[0]) if inside else f"the value of {variable}"
+            raise UserError(
+                f"{what} on the command line: a secret does not belong there, where others can read it. "
+                "Leave it in the environment, such as WANDB_API_KEY, or use `wandb login`"
+            )
 
 
 def default_run_name(*, _root_: DictConfig) -> str:

@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from tqdm import tqdm
 
-from vit_attn.errors import LostRankError, UserError, one_line, unknown_name
+from vit_attn.config import hide_secrets, refuse_secrets
+from vit_attn.errors import LostRankError, UserError, one_line, printable, unknown_name
 from vit_attn.training.stopping import Stopped
 
 log = logging.getLogger("vit_attn")
@@ -32,7 +33,11 @@ _NOISE = (
     r".*weights_only",
     r".*lr_scheduler.step\(\)` before `optimizer.step\(\)",  # a first step that mixed precision skipped
     r".*ambiguous collection",
+    r".*decompression bomb",  # up to the size at which PIL refuses an image, it is read
 )
+
+_LONGEST_ARGUMENT = 10_000  # characters: Hydra's parser takes minutes over many more
+_LONGEST = 1000  # characters of an error: who gave a value of many more need not see all of it
 
 
 def is_first_process() -> bool:
@@ -48,7 +53,7 @@ def shows_progress_bar() -> bool:
 def write_log_to(path: Path) -> None:
     """Send the log to this file too, instead of the last run's."""
     handler = _LogFile(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handler.setFormatter(_SafeFormatter("%(asctime)s %(message)s"))
     for old in [old for old in log.handlers if isinstance(old, logging.FileHandler)]:
         log.removeHandler(old)
         old.close()
@@ -59,6 +64,13 @@ def log_paths(paths: Sequence[Path]) -> None:
     """Write a line for each file that a command left."""
     for path in paths:
         log.info("%-10s %s", "picture" if path.suffix == ".png" else "results", path)
+
+
+class _SafeFormatter(logging.Formatter):
+    """Names of files and classes are anybody's: no line obeys them, and none holds a secret."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return hide_secrets(printable(super().format(record)))
 
 
 class _ConsoleHandler(logging.Handler):
@@ -89,7 +101,7 @@ def set_up() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     if not any(isinstance(handler, _ConsoleHandler) for handler in log.handlers):
         handler = _ConsoleHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_SafeFormatter("%(message)s"))
         log.addHandler(handler)
     log.setLevel(logging.INFO if is_first_process() else logging.ERROR)
     log.propagate = False
@@ -130,13 +142,17 @@ def run_command(command: Callable[[], object], *, resumes: bool = True) -> int:
     """
     set_up()
     try:
+        refuse_secrets(sys.argv[1:])
+        for argument in sys.argv[1:]:
+            if len(argument) > _LONGEST_ARGUMENT:
+                raise UserError(f"an argument of {len(argument)} characters, {argument[:40]!r}…, is too long")
         command()
     except LostRankError as error:
         if is_first_process():  # speaks for all of them
-            print(f"error: {error}", file=sys.stderr)
+            _print_error(str(error))
         return error.status
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
+        _print_error(explain(error))
         return getattr(error, "status", UserError.status)
     except Stopped as stop:
         print(stop, file=sys.stderr)
@@ -149,6 +165,11 @@ def run_command(command: Callable[[], object], *, resumes: bool = True) -> int:
             return _interrupted(resumes)
         raise
     return 0
+
+
+def _print_error(message: str) -> None:
+    line = hide_secrets(one_line(message))
+    print(f"error: {line if len(line) <= _LONGEST else line[:_LONGEST] + ' …'}", file=sys.stderr)
 
 
 def _interrupted(resumes: bool) -> int:

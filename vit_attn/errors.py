@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from vit_attn.attention.names import unknown_name
 
-__all__ = ["LostRankError", "RunInUseError", "UserError", "one_line", "unknown_name", "user_errors"]
+__all__ = ["LostRankError", "RunInUseError", "UserError", "one_line", "printable", "unknown_name", "user_errors"]
 
 
 class UserError(Exception):
@@ -34,9 +34,16 @@ class LostRankError(UserError):
 
 
 def one_line(error: BaseException | str) -> str:
-    """The message of ``error`` on a single line, without blank runs."""
-    text = " ".join(str(error).split())
+    """The message of ``error`` on a single line, without blank runs, as :func:`printable` has it."""
+    text = printable(" ".join(str(error).split()))
     return text or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal would obey instead of show, and what cannot be encoded; line feeds stay."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextmanager

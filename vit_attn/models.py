@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vit_attn.attention import Attention, Mechanism, attention_layers, parse_attention
 from vit_attn.errors import UserError, one_line, unknown_name, user_errors
+from vit_attn.files import user_path
 
 POOLS = ("token", "avg", "avgmax", "max", "map", "prr")
 POS_EMBEDS = ("learn", "sinusoidal", "none")
@@ -66,7 +67,7 @@ def create_vit(
         raise UserError("model.weights and model.pretrained=true exclude each other: choose one")
     alphas: dict[str, Tensor] = {}
     if weights is not None:
-        overlay, alphas = _read_weights(Path(weights))
+        overlay, alphas = _read_weights(user_path("model.weights", str(weights)))
         if pos_embed == "none":
             overlay["state_dict"].pop("pos_embed", None)
         timm_kwargs |= {"pretrained": True, "pretrained_cfg_overlay": overlay}

@@ -253,3 +253,90 @@ def test_imagefolder_without_images(make_folder):
     (root / "train" / "emu").mkdir()
     with pytest.raises(UserError, match=r"no valid file for the classes emu"):
         ImageFolder(root=root).setup("fit")
+
+
+# CIFAR-10 by somebody else: the right sums, and more than images
+
+
+def repack(archive, monkeypatch, change):
+    """Write the archive anew, each member as ``change(member, content)`` has it, and know it by its new MD5 sum."""
+    with tarfile.open(archive) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar.getmembers()]
+    with tarfile.open(archive, "w:gz") as tar:
+        for member, content in [pair for old in members for pair in change(*old)]:
+            member.size = len(content) if member.isreg() else 0
+            tar.addfile(member, io.BytesIO(content))
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+
+
+def link(name, target, kind=tarfile.SYMTYPE):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, str(target)
+    return member
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil", "/evil-of-the-tests", "cifar-10-batches-py/../../evil", "cifar-10-batches-py/evil"]
+)
+def test_cifar10_strangers_in_the_archive_stay_there(fake_cifar, tmp_path, monkeypatch, name):
+    repack(
+        fake_cifar[0],
+        monkeypatch,
+        lambda member, content: [(tarfile.TarInfo(name), b"evil"), (member, content)],
+    )
+    data = Cifar10(root=tmp_path / "data", val_fraction=0.25)
+    data.prepare_data()
+    data.setup("fit")
+    names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert names == {CIFAR10.filename, "data_batch_1", "data_batch_2", "test_batch", "batches.meta"}
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE])
+def test_cifar10_links_in_the_archive_are_refused(fake_cifar, tmp_path, monkeypatch, kind):
+    (tmp_path / "outside").write_text("precious")
+
+    def change(member, content):
+        if not member.name.endswith("data_batch_1"):
+            return [(member, content)]
+        return [(link(member.name, tmp_path / "outside", kind), b"")]
+
+    repack(fake_cifar[0], monkeypatch, change)
+    with pytest.raises(UserError, match="data_batch_1"):
+        Cifar10(root=tmp_path / "data").prepare_data()
+    assert (tmp_path / "outside").read_text() == "precious"
+    assert not (tmp_path / "data" / CIFAR10.base_folder / "data_batch_1").exists()
+
+
+class MakesFolder:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        import os
+
+        return os.mkdir, (str(self.path),)
+
+
+def test_cifar10_code_with_the_right_sum_is_not_run(fake_cifar, tmp_path, monkeypatch):
+    """MD5 sums can be forged, and lists of them replaced: the reading itself refuses."""
+    Cifar10(root=tmp_path / "data").prepare_data()
+    content = pickle.dumps({"data": MakesFolder(tmp_path / "owned"), "labels": []})
+    (tmp_path / "data" / CIFAR10.base_folder / "test_batch").write_bytes(content)
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", hashlib.md5(content).hexdigest()]])
+    with pytest.raises(UserError, match=r"it asks for (posix|nt)\.mkdir"):
+        Cifar10(root=tmp_path / "data").setup("test")
+    assert not (tmp_path / "owned").exists()
+    pickle.loads(content)  # noqa: S301  # the payload is a live one
+    assert (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 99], [0], ["x"] * 3])
+def test_cifar10_of_other_content_is_refused(fake_cifar, tmp_path, monkeypatch, labels):
+    Cifar10(root=tmp_path / "data").prepare_data()
+    content = pickle.dumps({"data": np.zeros((3, 3072), np.uint8), "labels": labels})
+    (tmp_path / "data" / CIFAR10.base_folder / "test_batch").write_bytes(content)
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", hashlib.md5(content).hexdigest()]])
+    with pytest.raises(UserError, match="missing or damaged"):
+        Cifar10(root=tmp_path / "data").setup("test")

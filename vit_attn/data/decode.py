@@ -1,5 +1,7 @@
 """One image file → one square of RGB pixels."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -9,6 +11,9 @@ from torchvision.transforms.v2 import functional as F
 from vit_attn.errors import UserError, one_line
 
 _SIXTEEN_BIT_GREY = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+# PIL reads dozens of others. Some of them start another program, and none is a photograph's.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_MOST_PIXELS = 178_000_000  # where PIL refuses an image as well: half a gigabyte in RGB
 
 
 class BrokenImageError(UserError):
@@ -30,17 +35,20 @@ def decode_image(path: str, size: int) -> np.ndarray:
     exactly that size keeps its pixels.
 
     Args:
-        path: any format and mode that PIL reads; 16-bit grey keeps its upper 8 bits.
+        path: one of ``FORMATS``, in any mode that PIL reads; 16-bit grey keeps its upper 8 bits.
         size: pixels per side.
 
     Returns:
         uint8 (3, size, size).
 
     Raises:
-        BrokenImageError: truncated, not an image, a decompression bomb, unreadable.
+        BrokenImageError: truncated, not an image, a decompression bomb, unreadable, no file.
     """
     try:
-        with Image.open(path) as image:
+        if not Path(path).is_file():  # opening a pipe or a device would wait for ever
+            raise ValueError("no such file" if not Path(path).exists() else "not a file")
+        with Image.open(path, formats=FORMATS) as image:
+            _check_size(*image.size)
             # JPEG only: decode at 1/2, 1/4 or 1/8 where that still leaves twice the wanted size
             image.draft(None, (2 * size, 2 * size))
             rgb = _to_rgb(ImageOps.exif_transpose(image))
@@ -59,10 +67,20 @@ def _fit(pixels: torch.Tensor, size: int) -> torch.Tensor:
 def natural_size(path: str) -> tuple[int, int]:
     """Width and height in pixels, by the file's header alone; raises :class:`BrokenImageError`."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            _check_size(*image.size)
             return image.size
     except Exception as error:
         raise BrokenImageError(f"cannot read image {path}: {_reason(error)}") from error
+
+
+def _check_size(width: int, height: int) -> None:
+    if min(width, height) < 1:
+        raise ValueError(f"it has no pixels: {width}×{height}")
+    if width * height > _MOST_PIXELS:
+        raise ValueError(
+            f"{width}×{height} pixels are more than {_MOST_PIXELS // 10**6} million: it could be a decompression bomb"
+        )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -80,7 +98,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "not an image, or of a format that PIL does not know"
+        return f"not an image, or of none of the formats that are read: {', '.join(FORMATS)}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return one_line(error)
+    return one_line(error)[:300]

@@ -49,7 +49,11 @@ class ImageFolder(ImageData):
     def find_classes(self) -> list[str]:
         """Folders in train/, by name."""
         with user_errors(f"data.root={self.root}"):
-            return find_classes(self._split("train"))[0]
+            names = find_classes(self._split("train"))[0]
+        strange = [name for name in names if not name.isprintable()]
+        if strange:
+            raise UserError(f"data.root={self.root}: the class {strange[0]!r} has a name that is no text: rename it")
+        return names
 
     def find_image_size(self) -> int:
         """By the first image that can be opened; broken ones are for the loading to name."""

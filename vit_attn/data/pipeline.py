@@ -9,7 +9,6 @@ import os
 import signal
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +22,7 @@ from vit_attn.data.checks import channel_values, choice, number, whole
 from vit_attn.data.images import Images, MemoryImages
 from vit_attn.data.samplers import EvalBatches, TrainBatches
 from vit_attn.errors import UserError, one_line
+from vit_attn.files import user_path
 from vit_attn.training.stopping import SIGNALS
 
 
@@ -129,8 +129,8 @@ class ImageData(LightningDataModule):
             "eval_batch_size", 2 * self.batch_size if eval_batch_size is None else eval_batch_size, least=1
         )
         self.requested_size = None if image_size is None else whole("image_size", image_size, least=1)
-        chosen_root = self.default_root if root is None else str(root)
-        self.root = None if chosen_root is None else Path(chosen_root).expanduser()
+        chosen_root = self.default_root if root is None else root
+        self.root = None if chosen_root is None else user_path("data.root", chosen_root)
         self.val_fraction = number("val_fraction", val_fraction, least=0, below=1)
         if self.val_fraction == 0 and not self.has_val():
             raise UserError("data.val_fraction=0 leaves no validation images; give a share of the training images")

@@ -7,7 +7,6 @@ python -m vit_attn.explain ckpt=experiments/demo/strided image=photo.jpg       #
 
 import logging
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from vit_attn.data.decode import decode_image
 from vit_attn.errors import UserError, user_errors
 from vit_attn.explain.explanations import explain_images
 from vit_attn.explain.write import draw_images
+from vit_attn.files import user_path
 from vit_attn.training.evaluation import explanations_table
 from vit_attn.training.explaining import explain_test_images
 from vit_attn.training.folder import update_json
@@ -76,7 +76,7 @@ def _explain_test_images(config: DictConfig, restored: Restored, data_overrides:
 
 
 def _explain_photograph(config: DictConfig, restored: Restored) -> dict[str, Any]:
-    path = Path(str(config.image)).expanduser()
+    path = user_path("image", config.image)
     pixels = decode_image(str(path), restored.trained_on["image_size"])
     images = torch.from_numpy(pixels)[None]
     module, names = restored.module, restored.trained_on["class_names"]

@@ -1,14 +1,17 @@
 """The report that a multirun ends in."""
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from vit_attn.console import is_first_process
 from vit_attn.errors import UserError
+from vit_attn.files import folder_name, user_path
 
 log = logging.getLogger("vit_attn")
 
@@ -21,10 +24,12 @@ class WriteReport(Callback):
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note which experiment this run belongs to: a multirun may range over several."""
-        self._note(config)
+        with suppress(UserError, OmegaConfBaseException):  # the run itself says what is wrong with it
+            self._note(config)
 
     def _note(self, config: DictConfig) -> None:
-        self._experiments[Path(config.experiments_dir).expanduser() / str(config.experiment_name)] = config
+        folder = user_path("experiments_dir", config.experiments_dir)
+        self._experiments[folder / folder_name("experiment_name", config.experiment_name)] = config
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Write the reports; a report that cannot be written is a line in the log, the runs are done."""
@@ -34,7 +39,8 @@ class WriteReport(Callback):
         from vit_attn.report.write import write_report
 
         if not self._experiments:
-            self._note(config)  # the runs were in processes of their own
+            with suppress(UserError, OmegaConfBaseException):
+                self._note(config)  # the runs were in processes of their own
         for folder, settings in self._experiments.items():
             try:
                 page = write_report([folder])

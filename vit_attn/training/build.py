@@ -1,14 +1,17 @@
 """Objects from their configuration: network, data, loss, module, callbacks, loggers, Trainer."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import hydra.utils
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from vit_attn.config import plain, without_secrets
@@ -28,6 +31,13 @@ from vit_attn.training.stopping import StopSignals
 
 # Up to this many pixels per side, timm's patches of 16 would leave a handful of tokens.
 _SMALL_IMAGE, _SMALL_PATCH = 64, 4
+# What timm takes beside a model's options.
+_FROM_DATA = "comes from the data"
+_BY_WEIGHTS = "is not for here: model.weights=<file> names weights"
+_NOT_OPTIONS = {
+    **{"num_classes": _FROM_DATA, "img_size": _FROM_DATA + " (data.image_size)", "in_chans": _FROM_DATA},
+    **dict.fromkeys(("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"), _BY_WEIGHTS),
+}
 
 
 def build_net(model: dict[str, Any], *, num_classes: int, image_size: int) -> nn.Module:
@@ -41,7 +51,32 @@ def build_net(model: dict[str, Any], *, num_classes: int, image_size: int) -> nn
         options["patch_size"] = _SMALL_PATCH
     if isinstance(options.get("patch_size"), int) and options["patch_size"] > image_size:
         raise UserError(f"model.patch_size={options['patch_size']} is larger than the images, of {image_size} pixels")
-    return create_vit(options.pop("name"), num_classes=num_classes, img_size=image_size, **options)
+    for key in _NOT_OPTIONS:
+        if key in options:
+            raise UserError(f"model.{key} {_NOT_OPTIONS[key]}")
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise UserError(f"model.name must be the name of a timm model, not {name!r}")
+    try:
+        net = create_vit(name, num_classes=num_classes, img_size=image_size, **options)
+        return _tried(net, num_classes, image_size)
+    except UserError:
+        raise
+    # timm takes nearly any value of an option until it computes with it, and then raises nearly anything
+    except Exception as error:
+        raise UserError(
+            f"model {name}: its options do not fit: {type(error).__name__}: {one_line(error)[:300]}"
+        ) from error
+
+
+@torch.no_grad()
+def _tried(net: nn.Module, num_classes: int, image_size: int) -> nn.Module:
+    """``net``, once it has been shown a black image; nothing of it, and no random number, is used up."""
+    logits = net.eval()(torch.zeros(1, ImageData.in_chans, image_size, image_size))
+    net.train()
+    if logits.shape != (1, num_classes):
+        raise UserError(f"the model makes {tuple(logits.shape)} of an image, not {num_classes} scores, one per class")
+    return net
 
 
 def build_data(config: DictConfig | dict[str, Any], seed: int) -> ImageData:
@@ -51,7 +86,7 @@ def build_data(config: DictConfig | dict[str, Any], seed: int) -> ImageData:
         UserError: a wrong option.
     """
     progress = bool(config.get("progress")) and shows_progress_bar()
-    return instantiate("data", config, seed=seed, progress=progress)
+    return instantiate("data", config, ImageData, seed=seed, progress=progress)
 
 
 def build_loss(config: DictConfig | dict[str, Any]) -> nn.Module:
@@ -60,22 +95,42 @@ def build_loss(config: DictConfig | dict[str, Any]) -> nn.Module:
     Raises:
         UserError: a wrong option.
     """
-    return instantiate("loss", config)
+    loss = instantiate("loss", config, nn.Module)
+    if not callable(getattr(loss, "probabilities", None)):
+        raise UserError(f"loss._target_={config['_target_']}: a loss here also needs probabilities(logits)")
+    return loss
 
 
-def instantiate(what: str, config: Any, **extra: Any) -> Any:
+def instantiate(what: str, config: Any, kind: type, **extra: Any) -> Any:
     """Call Hydra's instantiate on one part of the configuration.
 
+    Args:
+        what: the part's name.
+        config: the part.
+        kind: that it has to be of.
+        extra: further arguments.
+
     Raises:
-        UserError: a wrong key or value; the message begins with ``what``.
+        UserError: a wrong key or value, or something of another kind; the message begins with ``what``.
     """
+    target = config.get("_target_") if isinstance(config, Mapping | DictConfig) else None
+    if not isinstance(target, str):
+        raise UserError(f"{what}._target_ must name a {kind.__name__}, not {target!r}")
+    for key in ("_args_", "_partial_", "_convert_", "_recursive_"):
+        if key in config:
+            raise UserError(f"{what}.{key} is not for here: give what {target} takes by name")
     try:
-        return hydra.utils.instantiate(config, **extra)
+        made = hydra.utils.instantiate(config, **extra)
+        if not isinstance(made, kind):
+            raise UserError(f"{what}._target_={target} is no {kind.__name__}")
+        return made
     except hydra.errors.InstantiationException as error:
         cause = error.__cause__ or error
         if isinstance(cause, UserError):
             raise cause from error
         raise UserError(f"{what}: {one_line(cause)[:300]}") from error
+    except (TypeError, ValueError, OmegaConfBaseException) as error:  # a part that is none
+        raise UserError(f"{what}: {one_line(error)[:300]}") from error
 
 
 def build_callbacks(config: DictConfig, folder: RunFolder | None) -> list[Callback]:
@@ -86,7 +141,7 @@ def build_callbacks(config: DictConfig, folder: RunFolder | None) -> list[Callba
             continue
         options = OmegaConf.masked_copy(entry, [str(key) for key in entry if key != "enabled"])
         extra = {"folder": folder.attention} if name == "attention_probe" and folder is not None else {}
-        callbacks.append(instantiate(f"callbacks.{name}", options, **extra))
+        callbacks.append(instantiate(f"callbacks.{name}", options, Callback, **extra))
     return callbacks
 
 
@@ -160,17 +215,17 @@ def build_plain_trainer(config: DictConfig, **extra: Any) -> Trainer:
         UserError: a wrong argument.
     """
     arguments = OmegaConf.masked_copy(config.trainer, [str(key) for key in config.trainer if key != "on_nan"])
-    return instantiate("trainer", arguments, enable_model_summary=False, **extra)
+    return instantiate("trainer", arguments, Trainer, enable_model_summary=False, **extra)
 
 
 def _loggers(config: DictConfig, folder: RunFolder, resumed: dict[str, Any] | None) -> list[Logger]:
     step = resumed["global_step"] - 1 if resumed is not None else -1
     loggers: list[Logger] = [CsvLogger(folder.logs / "metrics.csv", resume_step=step)]
     if config.logger.get("_target_") and is_first_process():
-        given: dict[str, Any] = {}
+        given: dict[str, Any] = {"folder": folder.root, "run_name": str(config.run_name)}
         if "tags" in config.logger:
             given["tags"] = [*config.logger.tags, *run_tags(plain(config))]
         if "resume_step" in inspect.signature(hydra.utils.get_method(config.logger["_target_"])).parameters:
             given["resume_step"] = step
-        loggers.append(instantiate("logger", config.logger, folder=folder.root, run_name=str(config.run_name), **given))
+        loggers.append(instantiate("logger", config.logger, Logger, **given))
     return loggers

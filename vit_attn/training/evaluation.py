@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vit_attn.console import log_paths
 from vit_attn.cost import environment, model_cost
 from vit_attn.data import ImageData
 from vit_attn.data.checks import whole
-from vit_attn.errors import UserError
+from vit_attn.errors import UserError, one_line
 from vit_attn.explain.explanations import METHOD_TITLES, RANDOM
 from vit_attn.explain.figures import confusion_figure, reliability_figure
 from vit_attn.explain.probe import look, write_masks, write_panels
@@ -148,7 +149,7 @@ def _print(results: dict[str, Any], class_names: list[str]) -> None:
         classes.sort(key=lambda pair: pair[1])
         classes = classes[:5] + classes[-5:]
     for name, accuracy in classes:
-        scores.add_row(f"class {name}", f"{100 * accuracy:.2f} %")
+        scores.add_row(escape(f"class {one_line(name)}"), f"{100 * accuracy:.2f} %")
 
     layers = Table(title="attention on test images", title_justify="left")
     layers.add_column("layer", justify="right")

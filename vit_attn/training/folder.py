@@ -18,8 +18,8 @@ from yaml import YAMLError
 
 from vit_attn.config import differences, plain, without_secrets
 from vit_attn.console import is_first_process, write_log_to
-from vit_attn.errors import RunInUseError, UserError, one_line
-from vit_attn.files import whole_file
+from vit_attn.errors import RunInUseError, UserError, one_line, user_errors
+from vit_attn.files import folder_name, user_path, whole_file
 from vit_attn.training.checkpoint import BEST, LAST, PREVIOUS, newest
 
 _ORPHANS_SECONDS = 15
@@ -50,14 +50,12 @@ class RunFolder:
         Raises:
             UserError: the folder belongs to another run, or cannot be written.
         """
-        for key in ("experiment_name", "run_name"):
-            name = str(config[key])
-            if not name.strip() or name in (".", "..") or name != Path(name).name:
-                raise UserError(f"{key}={name!r} is not a folder's name: leave slashes out")
-        if str(config.run_name) == REPORT:
+        experiment, run = (folder_name(key, config[key]) for key in ("experiment_name", "run_name"))
+        if run == REPORT:
             raise UserError(f"run_name={REPORT}: that folder is for the experiment's report; choose another name")
-        folder = cls(Path(config.experiments_dir).expanduser() / str(config.experiment_name) / str(config.run_name))
-        nearest = next(path for path in (folder.root, *folder.root.absolute().parents) if path.exists())
+        folder = cls(user_path("experiments_dir", config.experiments_dir) / experiment / run)
+        with user_errors("experiments_dir"):
+            nearest = next(path for path in (folder.root, *folder.root.absolute().parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"the run folder {folder.root} cannot be written: {nearest} is no writable folder")
         if folder.resumable and not config.overwrite:

@@ -46,7 +46,9 @@ def build_optimizer(net: nn.Module, config: DictConfig) -> Optimizer:
         UserError: an optimizer that does not exist or does not take these arguments.
     """
     options = {str(key): value for key, value in config.items()}
-    target = options.pop("_target_")
+    target = options.pop("_target_", None)
+    if not isinstance(target, str):
+        raise UserError(f"optimizer._target_ must name a torch optimizer, not {target!r}")
     # Without decay: one-dimensional parameters (norms, biases, α) and what the model names (positions, tokens).
     groups = param_groups_weight_decay(
         net,
@@ -54,8 +56,13 @@ def build_optimizer(net: nn.Module, config: DictConfig) -> Optimizer:
         no_weight_decay_list=net.no_weight_decay(),  # type: ignore[operator]  # every timm model has it
     )
     try:
-        return hydra.utils.get_class(target)(groups, **options)
-    except (TypeError, ValueError, ImportError) as error:
+        kind = hydra.utils.get_class(target)
+        if not issubclass(kind, Optimizer):
+            raise UserError(f"optimizer._target_={target} is no torch optimizer")
+        return kind(groups, **options)
+    except UserError:
+        raise
+    except Exception as error:  # each optimizer has its own way with an option that it cannot use
         raise UserError(f"optimizer: {one_line(error)}") from error
 
 

@@ -1,5 +1,6 @@
 """From a checkpoint to a module and its data: what the commands that score and explain share."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 import vit_attn
@@ -19,10 +21,14 @@ from vit_attn.console import shows_progress_bar
 from vit_attn.data import ImageData, Normalize
 from vit_attn.errors import UserError, one_line, unknown_name, user_errors
 from vit_attn.explain.probe import default_layers
+from vit_attn.files import user_path
 from vit_attn.training.build import build_data, build_loss, build_net
 from vit_attn.training.checkpoint import load_checkpoint
+from vit_attn.training.described import as_described, described
 from vit_attn.training.folder import RunFolder
 from vit_attn.training.module import Classifier
+
+_CONF = Path(vit_attn.__file__).parent.parent.absolute() / "conf"
 
 
 def read_command_line(name: str, arguments: list[str], usage: str) -> tuple[DictConfig, dict[str, Any]] | None:
@@ -53,11 +59,28 @@ def read_command_line(name: str, arguments: list[str], usage: str) -> tuple[Dict
         changes = [argument for argument in overrides if argument.startswith("data.")]
         overrides = [argument for argument in overrides if argument not in changes]
         own_data = _data_changes(changes)
-    with initialize_config_dir(str(Path(vit_attn.__file__).parent.parent.absolute() / "conf"), version_base="1.3"):
-        config = compose(name, overrides)
+    with initialize_config_dir(str(_CONF), version_base="1.3"):
+        config = _compose(name, overrides)
     if OmegaConf.is_missing(config, "ckpt"):
         raise UserError("ckpt=<checkpoint or run folder> is missing")
     return config, own_data
+
+
+def _compose(name: str, overrides: list[str]) -> DictConfig:
+    """Compose a configuration that has every key of its file, and no value that refers to nothing."""
+    try:
+        config = compose(name, overrides)
+        OmegaConf.to_container(config, resolve=True)
+        needed = [str(key) for key in OmegaConf.load(_CONF / f"{name}.yaml") if key != "defaults"]
+    except (HydraException, OmegaConfBaseException):
+        raise
+    except Exception as error:  # nothing but the command line can be wrong here
+        raise UserError(f"{type(error).__name__}: {one_line(error)}") from error
+    present = {str(key) for key in config}  # with those that are ???, which `in` leaves out
+    missing = [key for key in needed if key not in present]
+    if missing:
+        raise UserError(f"{missing[0]} is missing: {name} needs it")
+    return config
 
 
 def _data_changes(changes: list[str]) -> dict[str, Any]:
@@ -67,11 +90,16 @@ def _data_changes(changes: list[str]) -> dict[str, Any]:
             override = OverridesParser.create().parse_override(change)
         except HydraException as error:
             raise UserError(f"{change}: {one_line(error)}") from error
-        OmegaConf.update(nested, override.key_or_group, override.value())
+        if override.is_delete() or override.is_sweep_override():
+            raise UserError(f"{change}: one value for one key, such as data.root=photos")
+        try:
+            OmegaConf.update(nested, override.key_or_group, override.value())
+        except (OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{change}: {one_line(error)}") from error
     return plain(nested.data)
 
 
-def find_checkpoint(where: str) -> tuple[Path, Path]:
+def find_checkpoint(where: Any) -> tuple[Path, Path]:
     """Find the checkpoint that ``ckpt=`` means: a file, or the best (else the last) of a run folder.
 
     Returns:
@@ -80,7 +108,12 @@ def find_checkpoint(where: str) -> tuple[Path, Path]:
     Raises:
         UserError: nothing of the kind is there.
     """
-    path = Path(where).expanduser()
+    path = user_path("ckpt", where)
+    with user_errors("ckpt"):
+        return _find_checkpoint(path)
+
+
+def _find_checkpoint(path: Path) -> tuple[Path, Path]:
     if path.is_dir():
         folder = RunFolder(path)
         for candidate in (folder.best, folder.last):
@@ -148,16 +181,17 @@ def restore(config: DictConfig) -> Restored:
         OmegaConf.is_list(config.layers) and all(isinstance(layer, int) for layer in config.layers)
     ):
         raise UserError(f"layers must be a list of layer numbers, such as [0,3], not {config.layers!r}")
-    path, folder = find_checkpoint(str(config.ckpt))
+    path, folder = find_checkpoint(config.ckpt)
     checkpoint = load_checkpoint(path)
-    saved, trained_on = checkpoint["vit_attn"]["config"], checkpoint["vit_attn"]["data"]
-    module = _build_module(saved, trained_on, checkpoint["state_dict"])
+    saved, trained_on = described(checkpoint, path)
+    with as_described(path):
+        module = _build_module(saved, trained_on, checkpoint["state_dict"])
     layers = list(config.layers) if config.layers is not None else default_layers(module.net)
     depth = len(attention_layers(module.net))
     if any(not 0 <= layer < depth for layer in layers):
         raise UserError(f"layers={layers}: the model has layers 0 to {depth - 1}")
     if config.output:
-        folder = Path(config.output).expanduser()
+        folder = user_path("output", config.output)
     elif config.get("data") is not None:
         folder /= "other_data"  # what the run itself measured stays
     return Restored(path, folder, saved, trained_on, checkpoint["epoch"] + 1, module, layers)
@@ -178,17 +212,24 @@ def load_data(config: DictConfig, restored: Restored, overrides: dict[str, Any])
     for key in overrides:
         if key not in saved["data"]:
             raise UserError(unknown_name("key", f"data.{key}", [f"data.{name}" for name in saved["data"]]))
-    options = plain(config.data) if config.get("data") is not None else {**saved["data"], **overrides}
+    if config.get("data") is None:
+        options = {**saved["data"], **overrides}
+    elif isinstance(config.data, DictConfig):
+        options = plain(config.data)
+    else:
+        raise UserError(f"data must name a data set, not {config.data!r}")
     fixed = {name: trained_on[name] for name in ("image_size", "mean", "std")}
-    data = build_data(OmegaConf.create({**options, **fixed}), saved["seed"])
+    theirs = config.get("data") is None and not overrides
+    with as_described(restored.path) if theirs else nullcontext():
+        data = build_data(OmegaConf.create({**options, **fixed}), saved["seed"])
     with user_errors("data"):
         data.prepare_data()
         data.setup("test")
     if data.class_names != trained_on["class_names"]:
-        theirs, ours = data.class_names, trained_on["class_names"]
+        found, wanted = data.class_names, trained_on["class_names"]
         raise UserError(
-            f"the data have {len(theirs)} classes ({', '.join(theirs[:3])}, …), but the checkpoint was trained on "
-            f"{len(ours)} ({', '.join(ours[:3])}, …)"
+            f"the data have {len(found)} classes ({', '.join(found[:3])}, …), but the checkpoint was trained on "
+            f"{len(wanted)} ({', '.join(wanted[:3])}, …)"
         )
     return data
 
@@ -218,7 +259,7 @@ def build_tester(accelerator: str) -> Trainer:
         UserError: an accelerator that does not exist here.
     """
     allowed = ("auto", "cpu", "gpu")
-    if accelerator not in allowed:
+    if not isinstance(accelerator, str) or accelerator not in allowed:
         raise UserError(f"accelerator={accelerator}: one of {', '.join(allowed)}")
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("accelerator=gpu: no GPU is available; use accelerator=cpu")

@@ -33,6 +33,7 @@ from vit_attn.training.build import build_callbacks, build_data, build_module, b
 from vit_attn.training.callbacks import AttentionProbe, Throughput
 from vit_attn.training.check import check_config
 from vit_attn.training.checkpoint import newest
+from vit_attn.training.described import as_described, going_on_from
 from vit_attn.training.explaining import explain_test_images
 from vit_attn.training.failures import named
 from vit_attn.training.finite import MOST_SKIPPED, NotFiniteError
@@ -123,7 +124,10 @@ def _resume(folder: RunFolder, data: ImageData) -> dict[str, Any] | None:
     if found is None:
         return None
     path, resumed = found
-    check_same_data(resumed["vit_attn"]["data"], data.describe())
+    with as_described(path):
+        if type(resumed["global_step"]) is not int:
+            raise TypeError("its global_step is no number")
+        check_same_data(resumed["vit_attn"]["data"], data.describe())
     return resumed | {"path": path}
 
 
@@ -175,10 +179,12 @@ def _run(
     try:
         log_config(trainer.loggers, without_secrets(plain(config)), _facts(data, net, cost))
         if resumed is not None:
-            _place_data(resumed, data)
+            with as_described(resumed["path"]):
+                _place_data(resumed, data)
             log.info("resuming from %s at step %d", resumed["path"], resumed["global_step"])
         path = resumed["path"] if resumed is not None else None
-        trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+        with going_on_from(path, lambda: resumed is None or trainer.global_step > resumed["global_step"], config):
+            trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
         results = _score(trainer, module, data, folder, test=config.test)
         results |= {"run": str(config.run_name), "experiment": str(config.experiment_name), "seed": config.seed}
         results |= {"attention": plain(config.model)["attention"], "cost": cost, "environment": environment()}
@@ -243,11 +249,13 @@ def _score(trainer: Trainer, module: Classifier, data: ImageData, folder: RunFol
     found = newest([folder.best, folder.last], set_aside=is_first_process())
     assert found is not None, "the last one has just been written"
     path, best = found
-    module.load_state_dict(best["state_dict"])
+    with as_described(path):
+        module.load_state_dict(best["state_dict"])
+        best_epoch, best_step = int(best["epoch"]) + 1, int(best["global_step"])
     results: dict[str, Any] = {
         "checkpoint": path.name,
-        "best_epoch": best["epoch"] + 1,
-        "best_step": best["global_step"],
+        "best_epoch": best_epoch,
+        "best_step": best_step,
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "speed": _speed(trainer, module, data),
