@@ -4,6 +4,7 @@ python train.py                                            # softmax on CIFAR-10
 python train.py model.attention=entmax+strided data=cifar10 trainer=gpu
 python train.py experiment=demo                            # a minute on a CPU, no download
 python train.py -m model.attention=softmax,entmax,strided seed=1,2,3        # ends in a report that compares them
+python train.py -m hydra/launcher=slurm seed=1,2,3                         # on a cluster, as a job array
 """
 
 import os
@@ -18,34 +19,42 @@ from omegaconf import DictConfig
 
 from vit_attn.console import run_command
 from vit_attn.errors import UserError
+from vit_attn.outcomes import crashes, mistakes
 from vit_attn.training.run import train
-
-mistakes: list[UserError] = []
-crashes: list[Exception] = []
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
-def job(config: DictConfig) -> None:
-    """Run one configuration; a multirun calls this for each."""
+def job(config: DictConfig) -> Exception | None:
+    """Run one configuration; a multirun calls this for each. Returns what went wrong, for a launcher to tell."""
     # Lightning starts the other processes of a run by repeating the command line: give it that of this job alone.
     sys.argv = [sys.argv[0], *HydraConfig.get().overrides.task, "hydra.mode=RUN"]
     environment = dict(os.environ)
     try:
+        _check_launcher()
         train(config)
+        return None
     except UserError as error:
         # Not through Hydra, which adds lines of its own; and the other jobs of a multirun go on.
         mistakes.append(error)
+        return error
     except Exception as error:
         if HydraConfig.get().mode == RunMode.RUN:
             raise
         traceback.print_exc()
         crashes.append(error)
+        return error
     finally:
         # Lightning leaves its process group, and the variables that say it has been launched, to the next job.
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         os.environ.clear()
         os.environ.update(environment)
+
+
+def _check_launcher() -> None:
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.RUN and hydra_config.runtime.choices.get("hydra/launcher") == "slurm":
+        raise UserError("hydra/launcher=slurm submits the jobs of a multirun: add -m")
 
 
 def main() -> None:
@@ -56,7 +65,7 @@ def main() -> None:
     if mistakes:
         raise UserError("; ".join(dict.fromkeys(map(str, mistakes))))
     if crashes:
-        sys.exit(f"error: {len(crashes)} of the runs crashed; their tracebacks are above, and the report names them")
+        sys.exit(f"error: {len(crashes)} of the runs crashed; what they said is above, and the report names them")
 
 
 if __name__ == "__main__":
