@@ -63,7 +63,10 @@ def main() -> None:
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
     job()
     if mistakes:
-        raise UserError("; ".join(dict.fromkeys(map(str, mistakes))))
+        error = UserError("; ".join(dict.fromkeys(map(str, mistakes))))
+        # One that trying again may mend makes the whole worth a try.
+        error.status = max(mistake.status for mistake in mistakes)
+        raise error
     if crashes:
         sys.exit(f"error: {len(crashes)} of the runs crashed; what they said is above, and the report names them")
 

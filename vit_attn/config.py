@@ -12,8 +12,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 # Keys that say where and with what a run is computed, not what it computes.
 _PLACE = (
     *("hydra", "experiments_dir", "experiment_name", "run_name", "overwrite", "test", "explain_images", "logger"),
-    *("callbacks.attention_probe", "callbacks.checkpoint_every_n_steps"),
-    *("trainer.accelerator", "trainer.enable_progress_bar", "trainer.log_every_n_steps"),
+    *("callbacks.attention_probe", "callbacks.checkpoint_every_n_steps", "callbacks.checkpoint_every_n_minutes"),
+    *("trainer.accelerator", "trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.on_nan"),
     *("data.root", "data.num_workers", "data.cache_budget", "data.progress", "data.eval_batch_size"),
     *("data.check_images",),
 )

@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from tqdm import tqdm
 
-from vit_attn.errors import UserError, one_line, unknown_name
+from vit_attn.errors import LostRankError, UserError, one_line, unknown_name
+from vit_attn.training.stopping import Stopped
 
 log = logging.getLogger("vit_attn")
 
@@ -46,7 +47,7 @@ def shows_progress_bar() -> bool:
 
 def write_log_to(path: Path) -> None:
     """Send the log to this file too, instead of the last run's."""
-    handler = logging.FileHandler(path)
+    handler = _LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     for old in [old for old in log.handlers if isinstance(old, logging.FileHandler)]:
         log.removeHandler(old)
@@ -66,6 +67,20 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stdout)
         sys.stdout.flush()
+
+
+class _LogFile(logging.FileHandler):
+    """A file that a full disk does not turn into a traceback for each line: the lines are on the console too."""
+
+    _warned = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # logging's name
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._warned:
+            self._warned = True
+            print(f"warning: {self.baseFilename} cannot be written: {error.strerror}", file=sys.stderr)
 
 
 def set_up() -> None:
@@ -102,7 +117,10 @@ def explain(error: Exception) -> str:
 
 
 def run_command(command: Callable[[], object], *, resumes: bool = True) -> int:
-    """Run a command and return its exit status: 0; 2 and one line on stderr for a mistake of the user's.
+    """Run a command and return its exit status, with one line on stderr where that is not 0.
+
+    0: done. 2: a mistake, which trying again will not mend. 75: a process of the run was lost, try again. 130: Ctrl-C.
+    128 + signal, such as 143 of SIGTERM: stopped, what was done is saved, and the same command goes on.
 
     Args:
         command: what to run.
@@ -113,9 +131,16 @@ def run_command(command: Callable[[], object], *, resumes: bool = True) -> int:
     set_up()
     try:
         command()
+    except LostRankError as error:
+        if is_first_process():  # speaks for all of them
+            print(f"error: {error}", file=sys.stderr)
+        return error.status
     except (UserError, HydraException, OmegaConfBaseException) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
-        return 2
+        return getattr(error, "status", UserError.status)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return stop.status
     except KeyboardInterrupt:
         return _interrupted(resumes)
     except SystemExit as ended:

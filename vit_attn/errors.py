@@ -5,11 +5,26 @@ from contextlib import contextmanager
 
 from vit_attn.attention.names import unknown_name
 
-__all__ = ["UserError", "one_line", "unknown_name", "user_errors"]
+__all__ = ["LostRankError", "UserError", "one_line", "unknown_name", "user_errors"]
 
 
 class UserError(Exception):
-    """A mistake of the user or of their machine: shown as one line, exit status 2, no traceback."""
+    """A mistake of the user or of their machine: shown as one line, no traceback."""
+
+    status = 2  # of the process that ends of it: trying again will not mend it
+
+
+class LostRankError(UserError):
+    """Another process of the run is gone; what was saved is whole.
+
+    Args:
+        what: is known of it.
+    """
+
+    status = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}; the same command goes on from the last checkpoint")
 
 
 def one_line(error: BaseException | str) -> str:

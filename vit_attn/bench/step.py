@@ -34,6 +34,7 @@ from vit_attn.tracking.loggers import finish_loggers
 from vit_attn.training.build import build_data, build_loss, build_module, build_net, build_trainer
 from vit_attn.training.folder import RunFolder
 from vit_attn.training.module import build_optimizer, build_schedule, step_seed
+from vit_attn.training.stopping import StopSignals
 
 QUICK = {"batch_sizes": [4], "steps": 22}
 TARGET = 3.0  # percent
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace) -> list[Table]:
 
 def measure(batch_size: int, *, steps: int, rounds: int, seed: int, device: torch.device) -> tuple[Timing, Timing]:
     """Seconds per step of the bare loop and of ``train.py``, one number per epoch, after one epoch of warm-up."""
-    with tempfile.TemporaryDirectory(prefix="vit_attn_bench_") as folder, _quiet():
+    with tempfile.TemporaryDirectory(prefix="vit_attn_bench_") as folder, StopSignals() as signals, _quiet():
         config = _config(folder, batch_size, steps=steps, epochs=rounds + 1, seed=seed, device=device)
         data = build_data(config.data, seed)
         data.setup("fit")
@@ -119,7 +120,7 @@ def measure(batch_size: int, *, steps: int, rounds: int, seed: int, device: torc
         turns = Turns(BareLoop(config, data, copy.deepcopy(net), device), f"batches of {batch_size}", rounds + 1)
         place = RunFolder.of(config)
         place.create(config)
-        trainer = build_trainer(config, place, None)
+        trainer = build_trainer(config, place, None, signals)
         trainer.callbacks.append(turns)  # type: ignore[attr-defined]  # last: its clock starts after the others
         trainer.fit(build_module(config, net, data), datamodule=data)
         finish_loggers(trainer.loggers, failed=False)

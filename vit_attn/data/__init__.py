@@ -2,6 +2,6 @@
 
 from vit_attn.data.augment import Augment, Normalize
 from vit_attn.data.images import Images
-from vit_attn.data.pipeline import ImageData
+from vit_attn.data.pipeline import ImageData, check_same_data
 
-__all__ = ["Augment", "ImageData", "Images", "Normalize"]
+__all__ = ["Augment", "ImageData", "Images", "Normalize", "check_same_data"]

@@ -1,6 +1,8 @@
 """Labelled images, read a whole batch at a time: from memory, or from files as they are needed."""
 
 import copy
+import os
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Self
@@ -11,19 +13,21 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
-from vit_attn.data.decode import decode_image
+from vit_attn.data.decode import BrokenImageError, decode_image
 
 
 class Images(Dataset, ABC):
     """``images[indices]`` → (uint8 (B, C, H, W), int64 (B,)).
 
-    ``labels`` int64 (N,); ``streams``: reading a batch is work that ``DataLoader`` workers can take over.
+    ``labels`` int64 (N,); ``streams``: reading a batch is work that ``DataLoader`` workers can take over;
+    ``fingerprint``: differs where the unsplit whole does.
     """
 
     streams: bool
 
-    def __init__(self, labels: Tensor) -> None:
+    def __init__(self, labels: Tensor, fingerprint: str) -> None:
         self.labels = labels
+        self.fingerprint = fingerprint
         self._rows = torch.arange(len(labels))
 
     def __len__(self) -> int:
@@ -57,10 +61,13 @@ class MemoryImages(Images):
         pixels: uint8 (N, C, H, W).
         labels: int64 (N,).
         size: resize each batch to this many pixels per side as it is read; None: as they are.
+        fingerprint: of where they come from; None: of the pixels themselves.
     """
 
-    def __init__(self, pixels: Tensor, labels: Tensor, *, size: int | None = None) -> None:
-        super().__init__(labels)
+    def __init__(
+        self, pixels: Tensor, labels: Tensor, *, size: int | None = None, fingerprint: str | None = None
+    ) -> None:
+        super().__init__(labels, fingerprint or f"pixels {_checksum(pixels.numpy(), labels.numpy())}")
         self._pixels = pixels
         self._size = None if size == pixels.shape[-1] else size
         self.streams = self._size is not None
@@ -77,31 +84,75 @@ class MemoryImages(Images):
         for start in range(0, len(pixels), 1024):  # resize makes float copies: bound them
             part = slice(start, start + 1024)
             pixels[part] = resize(self._pixels[part], self._size)
-        whole = MemoryImages(pixels, self.labels)
+        whole = MemoryImages(pixels, self.labels, fingerprint=self.fingerprint)
         whole._rows = self._rows
         return whole
 
 
 class FileImages(Images):
-    """Image files that are decoded each time a batch asks for them; a broken one raises ``BrokenImageError``.
+    """Image files that are decoded each time a batch asks for them.
+
+    A broken one, or one that is not what it was, raises ``BrokenImageError``.
 
     Args:
         paths: N files.
         labels: int64 (N,).
         size: pixels per side of what is read.
+        states: int64 (N, 2), see :func:`file_state`: of the files as they were checked; None: they were not.
     """
 
     streams = True
 
-    def __init__(self, paths: Sequence[str], labels: Tensor, *, size: int) -> None:
-        super().__init__(labels)
+    def __init__(self, paths: Sequence[str], labels: Tensor, *, size: int, states: Tensor | None = None) -> None:
+        super().__init__(labels, files_fingerprint(paths, labels, states))
         # one array, not N strings: forked workers then share its memory instead of copying it
         self._paths = np.array([path.encode("utf-8", "surrogateescape") for path in paths])
         self._size = size
+        self._states = states
 
     def _read(self, rows: Tensor) -> Tensor:
         paths = [path.decode("utf-8", "surrogateescape") for path in self._paths[rows.numpy()]]
+        if self._states is not None:
+            for path, before in zip(paths, self._states[rows].tolist(), strict=True):
+                _check_unchanged(path, before)
         return torch.from_numpy(np.stack([decode_image(path, self._size) for path in paths]))
+
+
+def file_state(path: str) -> tuple[int, int]:
+    """Size in bytes and time of the last change in ns, which a file that is replaced or cut short does not keep.
+
+    Raises:
+        BrokenImageError: it is gone.
+    """
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise BrokenImageError(f"cannot read image {path}: {error.strerror}") from error
+    return found.st_size, found.st_mtime_ns
+
+
+def _check_unchanged(path: str, before: list[int]) -> None:
+    if list(file_state(path)) != before:
+        raise BrokenImageError(
+            f"image {path} has changed since it was read before training: put the old one back, and the same command "
+            "goes on from the last checkpoint"
+        )
+
+
+def files_fingerprint(paths: Sequence[str], labels: Tensor, states: Tensor | None) -> str:
+    """Of the files' names below the folder that they share, their sizes where these are known, and the labels."""
+    top = os.path.commonpath([os.path.dirname(path) for path in paths])
+    names = "\0".join(os.path.relpath(path, top) for path in paths).encode("utf-8", "surrogateescape")
+    parts = [np.frombuffer(names, dtype=np.uint8), labels.numpy()]
+    kind = "names" if states is None else "files"
+    return f"{kind} {_checksum(*parts, *([] if states is None else [states[:, 0].contiguous().numpy()]))}"
+
+
+def _checksum(*arrays: np.ndarray) -> str:
+    value = 0
+    for array in arrays:
+        value = zlib.crc32(np.ascontiguousarray(array).data, value)
+    return f"{value:08x}"
 
 
 def resize(pixels: Tensor, size: int) -> Tensor:

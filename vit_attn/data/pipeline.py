@@ -4,6 +4,7 @@ A new data set is one module with a subclass of :class:`ImageData` and one YAML 
 attributes, override ``find_classes``, ``load_train`` and ``load_test``, and ``prepare_data`` where it downloads.
 """
 
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,33 @@ from vit_attn.data.checks import channel_values, choice, number, whole
 from vit_attn.data.images import Images, MemoryImages
 from vit_attn.data.samplers import EvalBatches, TrainBatches
 from vit_attn.errors import UserError, one_line
+from vit_attn.training.stopping import SIGNALS
+
+
+def check_same_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with other data than a run began with.
+
+    Args:
+        before, now: of :meth:`ImageData.describe`. What only one of them knows is not compared.
+
+    Raises:
+        UserError: the first difference.
+    """
+    for split, fingerprint in before.get("fingerprint", {}).items():
+        other = now["fingerprint"].get(split, fingerprint)
+        # Of other kinds where the data were read in another way: files are not always looked into.
+        if fingerprint.split()[0] == other.split()[0] and fingerprint != other:
+            sizes = f"{before['num_images'].get(split)} → {now['num_images'].get(split)} images"
+            raise UserError(
+                f"data: the {split} images are not those that this run began with ({sizes}, {fingerprint} → {other}); "
+                "bring those back, choose another run_name=, or start anew with overwrite=true"
+            )
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """A signal to all processes of a job would otherwise kill the next batch before the training has saved."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 class ImageData(LightningDataModule):
@@ -182,6 +210,7 @@ class ImageData(LightningDataModule):
             "std": list(self.std),
             "num_images": {name: len(images) for name, images in splits.items() if images is not None},
             "num_skipped": dict(self.num_skipped),
+            "fingerprint": {name: images.fingerprint for name, images in splits.items() if images is not None},
         }
 
     def sample(self, split: str, count: int) -> tuple[Tensor, Tensor]:
@@ -239,6 +268,7 @@ class ImageData(LightningDataModule):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_ignore_stop_signals,
             generator=torch.Generator(),  # the workers' seeds: not out of the training's global stream
         )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vit_attn.data.decode import BrokenImageError, decode_image
-from vit_attn.data.images import FileImages, Images, MemoryImages
+from vit_attn.data.images import FileImages, Images, MemoryImages, file_state, files_fingerprint
 from vit_attn.errors import UserError
 
 _CHUNK_BYTES = 2 << 20  # of pixels per message between processes: /dev/shm is 64 MiB in a container
@@ -47,19 +47,25 @@ def read_files(
     """
     pixels = torch.empty((len(paths), 3, size, size), dtype=torch.uint8) if keep_pixels else None
     readable = torch.ones(len(paths), dtype=torch.bool)
+    states = torch.zeros((len(paths), 2), dtype=torch.int64)
     with Progress(console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task(f"reading {title}", total=len(paths))
-        for rows, part, broken in _chunks(paths, size, keep_pixels):
+        for rows, part, part_states, broken in _chunks(paths, size, keep_pixels):
             for row, message in broken:
                 if on_error == "stop":
                     raise UserError(f"{message}. Repair or remove it, or leave such images out with data.on_error=skip")
                 readable[row] = False
+            states[rows[0] : rows[-1] + 1] = part_states
             if pixels is not None:
                 pixels[rows[0] : rows[-1] + 1] = part
             bar.advance(task, len(rows))
     if not readable.any():
         raise UserError(f"none of the {len(paths)} {title} can be read; the first: {paths[0]}")
-    images = FileImages(paths, labels, size=size) if pixels is None else MemoryImages(pixels, labels)
+    images: Images
+    if pixels is None:
+        images = FileImages(paths, labels, size=size, states=states)
+    else:
+        images = MemoryImages(pixels, labels, fingerprint=files_fingerprint(paths, labels, states))
     skipped = int((~readable).sum())
     return (images.subset(readable.nonzero().flatten()) if skipped else images), skipped
 
@@ -80,23 +86,25 @@ def _chunks(paths: Sequence[str], size: int, keep_pixels: bool) -> Iterator[tupl
 
 
 class _Reader(Dataset):
-    """rows → (rows, uint8 (B, 3, size, size) or None, [(row, what is wrong with it), …])."""
+    """rows → (rows, uint8 (B, 3, size, size) or None, their states (B, 2), [(row, what is wrong with it), …])."""
 
     def __init__(self, paths: Sequence[str], size: int, keep_pixels: bool) -> None:
         self.paths, self.size, self.keep_pixels = paths, size, keep_pixels
 
-    def __getitem__(self, rows: range) -> tuple[range, Tensor | None, list[tuple[int, str]]]:
+    def __getitem__(self, rows: range) -> tuple[range, Tensor | None, Tensor, list[tuple[int, str]]]:
         pixels = np.zeros((len(rows), 3, self.size, self.size), dtype=np.uint8) if self.keep_pixels else None
+        states = torch.zeros((len(rows), 2), dtype=torch.int64)
         broken = []
         for place, row in enumerate(rows):
             try:
+                states[place] = torch.tensor(file_state(self.paths[row]))
                 image = decode_image(self.paths[row], self.size)
             except BrokenImageError as error:
                 broken.append((row, str(error)))
                 continue
             if pixels is not None:
                 pixels[place] = image
-        return rows, None if pixels is None else torch.from_numpy(pixels), broken
+        return rows, None if pixels is None else torch.from_numpy(pixels), states, broken
 
 
 def _as_is(chunk: Any) -> Any:

@@ -136,6 +136,8 @@ def _state(
         return "failed", one_line(str(status.get("error") or "failed without a message")) if status else ""
     if said == "finished":
         return ("finished", "") if complete else ("failed", "finished, but results/metrics.json lacks its scores")
+    if said == "stopped" and status:
+        return "unfinished", one_line(f"{_progress(config, curves)}: {status.get('error')}")
     if said == "running":
         return "unfinished", _progress(config, curves) + ": stopped, or still going on"
     return "failed", f"results/status.json: unknown state {said!r}"

@@ -1,6 +1,7 @@
 """Loggers of a run: a CSV always, and Weights & Biases or TensorBoard beside it."""
 
 import csv
+import time
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vit_attn.attention import parse_attention
+from vit_attn.errors import UserError, one_line
+from vit_attn.files import whole_file
 from vit_attn.tracking.wandb_run import WandbRunLogger
 
 
@@ -24,16 +27,26 @@ class CsvLogger(Logger):
     Args:
         path: the file.
         resume_step: keep earlier rows up to this step: what comes after is about to be done again.
+
+    Raises:
+        UserError: the file is not what this logger writes, or, from any method, cannot be written.
     """
+
+    # The whole file is written each time: in a run of days, that shall take no more than this share of it.
+    _SHARE = 0.02
 
     def __init__(self, path: Path, *, resume_step: int = -1) -> None:
         super().__init__()
         self.path = path
         self.rows: dict[int, dict[str, Any]] = {}
+        self._write_again_at = 0.0
         if path.exists():
-            with path.open(newline="") as file:
-                rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
-            self.rows = {int(row["step"]): row for row in rows if int(row["step"]) <= resume_step}
+            try:
+                with path.open(newline="") as file:
+                    rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+                self.rows = {int(row["step"]): row for row in rows if int(row["step"]) <= resume_step}
+            except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+                raise UserError(f"{path} cannot be read: {one_line(error)[:200]}; mend it or move it away") from error
 
     @property
     def name(self) -> str:
@@ -57,19 +70,34 @@ class CsvLogger(Logger):
 
     @rank_zero_only
     def save(self) -> None:
+        """Write the file, unless that was done a moment ago; Lightning calls this after each row."""
+        if time.monotonic() >= self._write_again_at:
+            self.write()
+
+    @rank_zero_only
+    def write(self) -> None:
         """Write the file anew, in one move, so that a reader never sees half of it."""
+        start = time.monotonic()
         names = sorted(set().union(*self.rows.values()) - {"step", "epoch"}) if self.rows else []
-        part = self.path.with_suffix(".part")
-        with part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["step", "epoch", *names])
-            writer.writeheader()
-            writer.writerows(self.rows[step] for step in sorted(self.rows))
-        part.replace(self.path)
+        try:
+            with whole_file(self.path, newline="") as file:
+                writer = csv.DictWriter(file, ["step", "epoch", *names])
+                writer.writeheader()
+                writer.writerows(self.rows[step] for step in sorted(self.rows))
+        except OSError as error:
+            why = one_line(error.strerror or error)
+            raise UserError(f"{self.path} cannot be written: {why}; what it held is whole") from error
+        end = time.monotonic()
+        self._write_again_at = end + (end - start) / self._SHARE
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what is left."""
-        self.save()
+        """Write what is left; of a run that failed, if it can be."""
+        try:
+            self.write()
+        except UserError:
+            if status == "success":
+                raise
 
 
 def tensorboard_logger(folder: Path, run_name: str) -> TensorBoardLogger:
@@ -182,9 +210,14 @@ def log_checkpoints(
 
 
 @rank_zero_only
-def finish_loggers(loggers: Sequence[Logger], *, failed: bool) -> None:
-    """End every logger, within bounds; call it once, however the run ended."""
+def finish_loggers(loggers: Sequence[Logger], *, failed: bool, stopped: bool = False) -> None:
+    """End every logger, within bounds; call it once, however the run ended.
+
+    Args:
+        failed: it has not come to its end.
+        stopped: by a signal, so that there is little time.
+    """
     for logger in loggers:
         logger.finalize("failed" if failed else "success")
         if isinstance(logger, WandbRunLogger):
-            logger.finish(failed=failed)
+            logger.finish(failed=failed, stopped=stopped)

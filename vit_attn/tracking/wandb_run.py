@@ -28,6 +28,8 @@ CHECKPOINTS = ("none", "best", "last", "all")
 _HAND_OVER_SECONDS = 5
 # Beyond W&B's own limit, which is not kept where wandb-core is dead.
 _GRACE_SECONDS = 10
+# Of a run that a signal has ended: a scheduler kills it half a minute later.
+_STOPPED_SECONDS = 10
 
 
 def sync_command(folder: Path, *, online: bool) -> str:
@@ -170,9 +172,12 @@ class WandbRunLogger(WandbLogger):
 
     def after_save_checkpoint(self, checkpoint_callback: Checkpoint) -> None:
         """Upload a checkpoint that has just been written, where all of them are wanted."""
-        if self.checkpoints == "all" and isinstance(checkpoint_callback, ModelCheckpoint):
-            path = Path(checkpoint_callback.best_model_path)  # without a monitor, the newest
-            step = getattr(checkpoint_callback, "_last_global_step_saved", self._latest.get(STEP, 0))
+        if self.checkpoints == "all":
+            best = isinstance(checkpoint_callback, ModelCheckpoint)
+            path = Path(checkpoint_callback.best_model_path if best else checkpoint_callback.path)  # type: ignore[attr-defined]
+            step = getattr(
+                checkpoint_callback, "_last_global_step_saved" if best else "step", self._latest.get(STEP, 0)
+            )
             numbers: dict[str, Any] = {
                 name: self._latest[name] for name in ("epoch", "val/acc", "val/loss") if name in self._latest
             }
@@ -193,8 +198,8 @@ class WandbRunLogger(WandbLogger):
         """Hand over what was logged; Lightning calls this after each of its stages."""
         self._background.wait(_HAND_OVER_SECONDS)
 
-    def finish(self, *, failed: bool) -> None:
-        """End the W&B run, within bounds; a run that failed is marked as such."""
+    def finish(self, *, failed: bool, stopped: bool = False) -> None:
+        """End the W&B run, within bounds; a run that failed, or that a signal has stopped, is marked as such."""
         if self.finished:
             return
         self.finished = True
@@ -205,11 +210,14 @@ class WandbRunLogger(WandbLogger):
         def end() -> None:
             if not self._background.broken:
                 self._background.wait(self.finish_timeout)
+            if stopped:
+                run.mark_preempting()
             run.finish(exit_code=1 if failed else 0)
 
         limit = _HAND_OVER_SECONDS if self._background.broken else self.finish_timeout + _GRACE_SECONDS
+        limit = min(limit, _STOPPED_SECONDS) if stopped else limit
         try:
-            done, why = within(limit, end), f"more than {self.finish_timeout:g} s"
+            done, why = within(limit, end), f"more than {min(limit, self.finish_timeout):g} s"
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise

@@ -4,8 +4,9 @@ from typing import Any
 
 import hydra.utils
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -17,8 +18,12 @@ from vit_attn.models import create_vit
 from vit_attn.tracking.loggers import CsvLogger, run_tags
 from vit_attn.training.annealing import BestCheckpoint
 from vit_attn.training.callbacks import EpochLines, Throughput
+from vit_attn.training.checkpoint import AtomicCheckpointIO
+from vit_attn.training.finite import FiniteGuard
 from vit_attn.training.folder import RunFolder
 from vit_attn.training.module import Classifier
+from vit_attn.training.saving import LastCheckpoint
+from vit_attn.training.stopping import StopSignals
 
 # Up to this many pixels per side, timm's patches of 16 would leave a handful of tokens.
 _SMALL_IMAGE, _SMALL_PATCH = 64, 4
@@ -99,40 +104,62 @@ def build_module(config: DictConfig, net: nn.Module, data: ImageData) -> Classif
     )
 
 
-def build_trainer(config: DictConfig, folder: RunFolder, resumed: dict[str, Any] | None) -> Trainer:
-    every = config.callbacks.checkpoint_every_n_steps
-    kept: dict[str, Any] = {
-        "dirpath": folder.checkpoints,
-        "enable_version_counter": False,
-    }
+def build_trainer(
+    config: DictConfig, folder: RunFolder, resumed: dict[str, Any] | None, signals: StopSignals
+) -> Trainer:
+    """Build the Trainer of a run, with all that makes it go on to the same bits wherever it is cut off.
+
+    Args:
+        config: all of it.
+        folder: of the run.
+        resumed: the checkpoint that it goes on from, if any.
+        signals: stop the training between two steps.
+    """
+    guard = FiniteGuard()
+    last = LastCheckpoint(
+        folder.last,
+        every_n_steps=config.callbacks.checkpoint_every_n_steps,
+        every_n_minutes=config.callbacks.checkpoint_every_n_minutes,
+        signals=signals,
+        guard=guard,
+        step=resumed["global_step"] if resumed is not None else -1,
+    )
+    bar = shows_progress_bar() and bool(config.trainer.enable_progress_bar)
     callbacks = [
         *build_callbacks(config, folder),
+        guard,
         Throughput(),
         EpochLines(),
-        BestCheckpoint(filename="best", monitor="val/acc", mode="max", **kept),
-        ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **kept),
+        *([TQDMProgressBar()] if bar else []),
+        BestCheckpoint(
+            folder.checkpoints, filename="best", monitor="val/acc", mode="max", enable_version_counter=False
+        ),
+        last,
     ]
-    if every is not None:
-        by_step = ModelCheckpoint(filename="last", every_n_train_steps=every, **kept)
-        if resumed is not None:
-            # Lightning forgets it, and would save again amid the next accumulation, whose gradient no checkpoint has.
-            by_step._last_global_step_saved = resumed["global_step"]
-        callbacks.append(by_step)
-    bar = shows_progress_bar() and bool(config.trainer.enable_progress_bar)
-    if bar:
-        callbacks.append(TQDMProgressBar())
-    return instantiate(
-        "trainer",
-        config.trainer,
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if SLURMEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # it would save at any moment, in a place of its own
+    return build_plain_trainer(
+        config,
         callbacks=callbacks,
+        plugins=plugins,
         logger=_loggers(config, folder, resumed),
         default_root_dir=str(folder.root),
         enable_progress_bar=bar,
-        enable_model_summary=False,
         num_sanity_val_steps=0,
         # The data module deals the ranks their shares itself, so that order depends on seed and epoch alone.
         use_distributed_sampler=False,
     )
+
+
+def build_plain_trainer(config: DictConfig, **extra: Any) -> Trainer:
+    """Build a Trainer from the arguments in ``conf/trainer``, whose other keys are this project's.
+
+    Raises:
+        UserError: a wrong argument.
+    """
+    arguments = OmegaConf.masked_copy(config.trainer, [str(key) for key in config.trainer if key != "on_nan"])
+    return instantiate("trainer", arguments, enable_model_summary=False, **extra)
 
 
 def _loggers(config: DictConfig, folder: RunFolder, resumed: dict[str, Any] | None) -> list[Logger]:

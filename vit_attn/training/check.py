@@ -12,7 +12,8 @@ from vit_attn.config import plain
 from vit_attn.data.checks import whole
 from vit_attn.errors import UserError, one_line, unknown_name, user_errors
 from vit_attn.tracking.wandb import checkpoint_choice, wandb_mode
-from vit_attn.training.build import build_callbacks, build_loss, instantiate
+from vit_attn.training.build import build_callbacks, build_loss, build_plain_trainer
+from vit_attn.training.finite import ON_NAN
 
 log = logging.getLogger("vit_attn")
 
@@ -27,7 +28,12 @@ _WHOLE = {
 _NUMBERS = {
     **{"trainer.gradient_clip_val": 0, "optimizer.lr": 0, "optimizer.weight_decay": 0, "optimizer.eps": 0},
     **{"callbacks.ema.decay": 0, "model.mlp_ratio": 0, "model.drop_rate": 0, "model.proj_drop_rate": 0},
-    **{"model.attn_drop_rate": 0, "model.drop_path_rate": 0, "logger.finish_timeout": 1},
+    **{
+        "callbacks.checkpoint_every_n_minutes": 0.01,
+        "model.attn_drop_rate": 0,
+        "model.drop_path_rate": 0,
+        "logger.finish_timeout": 1,
+    },
 }
 _MONITORS = ("val/acc", "val/loss", "train/acc", "train/loss")
 _SCHEDULE = ("warmup", "final_lr")
@@ -92,19 +98,14 @@ def check_config(config: DictConfig) -> None:
     stopping = config.callbacks.early_stopping
     if stopping.enabled and stopping.monitor not in _MONITORS:
         raise UserError(unknown_name("callbacks.early_stopping.monitor", stopping.monitor, _MONITORS))
+    if config.trainer.on_nan not in ON_NAN:
+        raise UserError(unknown_name("trainer.on_nan", str(config.trainer.on_nan), ON_NAN))
     build_loss(config.loss)
     build_callbacks(config, None)
     if config.trainer.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("trainer.accelerator=gpu: no GPU is available; use trainer=cpu")
     # Lightning checks its arguments when a Trainer is made: here once more, before data are read or a folder made.
-    instantiate(
-        "trainer",
-        config.trainer,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
+    build_plain_trainer(config, logger=False, enable_checkpointing=False, enable_progress_bar=False)
 
 
 def _on_cpu(config: DictConfig) -> bool:

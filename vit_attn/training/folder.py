@@ -3,17 +3,24 @@
 import json
 import os
 import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
+from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from vit_attn.config import differences, plain, without_secrets
-from vit_attn.console import write_log_to
+from vit_attn.console import is_first_process, write_log_to
 from vit_attn.errors import UserError, one_line
+from vit_attn.files import whole_file
+from vit_attn.training.checkpoint import BEST, LAST, PREVIOUS, newest
 
 # Beside the runs of an experiment: what vit_attn.report writes.
 REPORT = "report"
@@ -26,11 +33,14 @@ class RunFolder:
         self.root = root
         self.config = root / "config.yaml"
         self.checkpoints = root / "checkpoints"
-        self.last = self.checkpoints / "last.ckpt"
-        self.best = self.checkpoints / "best.ckpt"
+        self.last = self.checkpoints / LAST
+        self.previous = self.checkpoints / PREVIOUS
+        self.best = self.checkpoints / BEST
         self.logs = root / "logs"
         self.results = root / "results"
         self.attention = self.results / "attention"
+        self.status = self.results / "status.json"
+        self.skipped = self.results / "skipped_batches.json"
 
     @classmethod
     def of(cls, config: DictConfig) -> "RunFolder":
@@ -50,19 +60,72 @@ class RunFolder:
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"the run folder {folder.root} cannot be written: {nearest} is no writable folder")
         if folder.resumable and not config.overwrite:
-            changed = differences(plain(OmegaConf.load(folder.config)), plain(config))  # type: ignore[arg-type]
-            if changed:
-                more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-                raise UserError(
-                    f"{folder.root} holds a run with another configuration: {changed[0]}{more}; "
-                    "choose another run_name=, or discard that run with overwrite=true"
-                )
+            folder._check_same(config)
         return folder
+
+    def _check_same(self, config: DictConfig) -> None:
+        """Refuse to go on with a run of another configuration."""
+        try:
+            before = plain(OmegaConf.load(self.config))  # type: ignore[arg-type]  # a mapping, else refused below
+        except (OSError, ValueError, AssertionError, YAMLError, OmegaConfBaseException) as error:
+            raise UserError(
+                f"{self.config} cannot be read, so this run cannot be gone on with; overwrite=true discards it"
+            ) from error
+        changed = differences(before, plain(config))
+        if changed:
+            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+            raise UserError(
+                f"{self.root} holds a run with another configuration: {changed[0]}{more}; "
+                "choose another run_name=, or discard that run with overwrite=true"
+            )
 
     @property
     def resumable(self) -> bool:
         """Whether there is a run to go on with."""
-        return self.last.exists() and self.config.exists()
+        return self.config.exists() and (self.last.exists() or self.previous.exists())
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Own the folder: two processes that write one run would spoil it. The lock of a dead process is free.
+
+        Raises:
+            UserError: the run is going on elsewhere, or the folder cannot be written.
+        """
+        if not is_first_process():
+            yield  # the first process of the run has the lock, for all of them
+            return
+        lock = FileLock(self.root / ".lock")
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(f"{self.root}: this run is going on already{self._owner()}") from error
+        except OSError as error:
+            raise self._unwritable(error) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _owner(self) -> str:
+        try:
+            status = json.loads(self.status.read_text())
+            return f", in process {status['pid']} on {status['host']} since {status['since']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"the run folder {self.root} cannot be written: {one_line(error.strerror or error)}")
+
+    def resume(self) -> tuple[Path, dict[str, Any]] | None:
+        """Read the newest checkpoint that is whole; broken ones are set aside. None: the run begins.
+
+        Raises:
+            UserError: see :func:`vit_attn.training.checkpoint.newest`.
+        """
+        if not self.resumable:
+            return None
+        return newest([self.last, self.previous], set_aside=is_first_process())
 
     @rank_zero_only
     def create(self, config: DictConfig) -> None:
@@ -73,49 +136,88 @@ class RunFolder:
         """
         try:
             if config.overwrite and self.config.exists():
-                shutil.rmtree(self.root)
+                self._empty()
             for path in (self.checkpoints, self.logs, self.attention):
                 path.mkdir(parents=True, exist_ok=True)
             if not self.resumable:
-                self.config.write_text(OmegaConf.to_yaml(OmegaConf.create(without_secrets(plain(config)))))
+                text = OmegaConf.to_yaml(OmegaConf.create(without_secrets(plain(config))))
+                with whole_file(self.config, encoding="utf-8") as file:
+                    file.write(text)
+            for folder in (self.root, self.checkpoints, self.logs, self.results):
+                for part in folder.glob(".*.part"):
+                    part.unlink(missing_ok=True)  # of a process that was killed as it wrote
             write_log_to(self.logs / "train.log")
             self.set_state("running")
         except OSError as error:
-            raise UserError(f"the run folder {self.root} cannot be written: {one_line(error)}") from error
+            raise self._unwritable(error) from error
+
+    def _empty(self) -> None:
+        for path in self.root.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != ".lock":
+                path.unlink()
 
     @rank_zero_only
     def set_state(self, state: str, error: str | None = None) -> None:
-        """Write results/status.json: "running", "finished" or "failed". A killed run still says "running"."""
+        """Write results/status.json: "running", "finished", "stopped" by a signal, or "failed" of what ``error`` says.
+
+        A killed run still says "running".
+        """
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        status = {"state": state, "error": error, "updated": now}
-        path = self.results / "status.json"
-        update_json(path, status if path.exists() else {**status, "started": now})
+        status: dict[str, Any] = {"state": state, "error": error, "updated": now}
+        if state == "running":
+            status |= {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
+        update_json(self.status, status if self.status.exists() else {**status, "started": now})
+
+    def end(self, state: str, error: str | None = None) -> None:
+        """:meth:`set_state` where something has gone wrong already: a disk that is full must not hide what it was."""
+        with suppress(OSError, UserError):
+            self.set_state(state, error)
+
+    def skipped_batches(self) -> list[dict[str, Any]]:
+        """Batches that are left out: dictionaries with "epoch" and "batch", from 0, "step" and "why".
+
+        Raises:
+            UserError: results/skipped_batches.json cannot be read.
+        """
+        if not self.skipped.exists():
+            return []
+        try:
+            return [dict(entry, epoch=int(entry["epoch"]), batch=int(entry["batch"])) for entry in _read(self.skipped)]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.skipped} cannot be read: {one_line(error)[:200]}") from error
+
+    @rank_zero_only
+    def skip(self, batches: list[dict[str, Any]]) -> None:
+        """Write results/skipped_batches.json, from which :meth:`skipped_batches` reads them.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        try:
+            with whole_file(self.skipped, encoding="utf-8") as file:
+                file.write(json.dumps(batches, indent=2) + "\n")
+        except OSError as error:
+            raise self._unwritable(error) from error
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of this project without unpickling code.
-
-    Raises:
-        UserError: no such file, a broken one, one that holds code, or not one of this project's.
-    """
-    if not path.is_file():
-        raise UserError(f"checkpoint {path}: no such file")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # every kind of broken file raises its own kind of error
-        if "unsupported global" in str(error).lower():
-            raise UserError(f"checkpoint {path}: refused, it holds more than plain data (it could run code)") from error
-        raise UserError(f"checkpoint {path}: cannot be read, it is broken, cut short or no checkpoint") from error
-    if not isinstance(checkpoint, dict) or not {"vit_attn", "state_dict"} <= checkpoint.keys():
-        raise UserError(f"checkpoint {path}: not made by vit_attn's train.py")
-    return checkpoint
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text())
 
 
 def update_json(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Put ``content`` into a JSON file, over what it holds, in one move: a reader never sees half of it."""
-    if path.exists():
-        content = {**json.loads(path.read_text()), **content}
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    part.replace(path)
+    """Put ``content`` into a JSON file, over what it holds, in one move.
+
+    Raises:
+        UserError: it cannot be written. What it held stays.
+    """
+    try:
+        if path.exists():
+            with suppress(ValueError):  # what somebody has broken is written anew
+                content = {**_read(path), **content}
+        with whole_file(path, encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {one_line(error.strerror or error)}") from error
     return content

@@ -1,7 +1,7 @@
 """The LightningModule: one training step, and the metrics of validation and test."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import hydra.utils
@@ -106,6 +106,8 @@ class Classifier(LightningModule):
         self.lr_schedule = lr_schedule
         self.seed = seed
         self.extra = dict(extra or {})
+        self.left_out: Container[tuple[int, int]] = ()  # (epoch, batch) whose images are not trained on
+        self._learned_something = False  # in the batches since the last step
         self.val_acc = MulticlassAccuracy(num_classes, average="micro")
         self.val_ece = _calibration_error(num_classes)
         scores: dict[str, Any] = {
@@ -134,6 +136,10 @@ class Classifier(LightningModule):
         assert self.augment is not None
         torch.manual_seed(step_seed(self.seed, self.current_epoch, batch_idx, self.global_rank))
         images, targets = self.augment(*batch)
+        if (self.current_epoch, batch_idx) in self.left_out:
+            # Through the network all the same: several ranks count on each other's passes. Their gradient is zero.
+            return self(torch.zeros_like(images)).sum() * 0
+        self._learned_something = True
         logits = self(images)
         loss = self.criterion(logits, targets)
         if self._loggers_listen():
@@ -142,6 +148,13 @@ class Classifier(LightningModule):
             self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
             self.log("train/acc", (logits.detach().argmax(1) == classes).float().mean())
         return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Leave the weights as they are in a step that has seen no images: momentum and decay would move them."""
+        if not self._learned_something:
+            for parameter in self.parameters():
+                parameter.grad = None
+        self._learned_something = False
 
     def _loggers_listen(self) -> bool:
         """Whether what this step logs is kept: Lightning takes most of a millisecond for a number it then drops."""

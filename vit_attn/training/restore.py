@@ -20,7 +20,8 @@ from vit_attn.data import ImageData, Normalize
 from vit_attn.errors import UserError, one_line, unknown_name, user_errors
 from vit_attn.explain.probe import default_layers
 from vit_attn.training.build import build_data, build_loss, build_net
-from vit_attn.training.folder import RunFolder, load_checkpoint
+from vit_attn.training.checkpoint import load_checkpoint
+from vit_attn.training.folder import RunFolder
 from vit_attn.training.module import Classifier
 
 

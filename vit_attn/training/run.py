@@ -9,13 +9,14 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
+from torch import nn
 
 from vit_attn.attention import attention_layers
 from vit_attn.config import plain, without_secrets
-from vit_attn.console import log_paths
+from vit_attn.console import is_first_process, log_paths
 from vit_attn.cost import environment, model_cost, peak_memory
-from vit_attn.data import ImageData
-from vit_attn.errors import one_line, user_errors
+from vit_attn.data import ImageData, check_same_data
+from vit_attn.errors import UserError, one_line, user_errors
 from vit_attn.explain.explanation_figures import overlay
 from vit_attn.explain.explanations import METHOD_TITLES, Explanations
 from vit_attn.explain.probe import default_layers, look, write_masks, write_panels
@@ -31,9 +32,14 @@ from vit_attn.tracking.loggers import (
 from vit_attn.training.build import build_callbacks, build_data, build_module, build_net, build_trainer
 from vit_attn.training.callbacks import AttentionProbe, Throughput
 from vit_attn.training.check import check_config
+from vit_attn.training.checkpoint import newest
 from vit_attn.training.explaining import explain_test_images
-from vit_attn.training.folder import RunFolder, load_checkpoint, update_json
+from vit_attn.training.failures import named
+from vit_attn.training.finite import MOST_SKIPPED, NotFiniteError
+from vit_attn.training.folder import RunFolder, update_json
 from vit_attn.training.module import Classifier, build_optimizer
+from vit_attn.training.ranks import Ranks
+from vit_attn.training.stopping import Stopped, StopSignals
 
 log = logging.getLogger("vit_attn")
 
@@ -45,36 +51,115 @@ def train(config: DictConfig) -> dict[str, Any]:
         What results/metrics.json holds.
 
     Raises:
-        UserError: a mistake in the configuration or the data, before any training.
+        UserError: a mistake in the configuration or the data, before any training; later, a failure of the machine.
+        Stopped: by a signal; what was done is saved.
     """
     check_config(config)
     folder = RunFolder.of(config)
+    with StopSignals() as signals:
+        try:
+            data = _load(config)
+            net = _make_net(config, data)
+            with folder.locked():
+                return _train(config, folder, data, net, signals)
+        except Stopped as stop:
+            stopped = stop
+    signals.pass_on(stopped)
+    raise stopped
+
+
+def _load(config: DictConfig) -> ImageData:
     data = build_data(config.data, config.seed)
     with user_errors("data"):
         data.prepare_data()
         data.setup("fit")
+    return data
+
+
+def _make_net(config: DictConfig, data: ImageData) -> nn.Module:
+    """Build the network, and find what would be found wrong once training begins."""
     seed_everything(config.seed, verbose=False)
     # Nulls of the configuration mean "as timm has it", so the plain dictionary goes to timm, not OmegaConf.
     net = build_net(plain(config.model), num_classes=data.num_classes, image_size=data.image_size)
-    # Lightning makes and asks these once training begins: what is wrong is found here.
     build_optimizer(net, config.optimizer)
     for callback in build_callbacks(config, None):
         if isinstance(callback, AttentionProbe):
             callback.check_layers(net)
-    # Before anything is written: a torn checkpoint must not cost the logs.
-    resumed = load_checkpoint(folder.last) if folder.resumable and not config.overwrite else None
+    return net
+
+
+def _train(
+    config: DictConfig, folder: RunFolder, data: ImageData, net: nn.Module, signals: StopSignals
+) -> dict[str, Any]:
+    """Fit and score in a folder that is this process' own, and leave word in it of how that ended."""
+    # Before anything is written: what cannot be gone on with must not cost the logs.
+    resumed = None if config.overwrite else _resume(folder, data)
     folder.create(config)
     try:
-        results = _run(config, folder, data, net, resumed)
-    except Exception as error:
-        folder.set_state("failed", f"{type(error).__name__}: {one_line(error)[:300]}")
+        with Ranks(on_loss=lambda what: folder.end("failed", what)) as ranks:
+            while True:
+                try:
+                    results = _run(config, folder, data, net, resumed, signals, ranks)
+                    break
+                except NotFiniteError as error:
+                    _leave_out(config, folder, error)
+                net, resumed = _make_net(config, data), _resume(folder, data)
+    except Stopped as stop:
+        folder.end("stopped", str(stop))
         raise
+    except Exception as error:
+        failure = named(error, config)
+        folder.end("failed", str(failure) if failure else f"{type(error).__name__}: {one_line(error)[:300]}")
+        if failure is None or failure is error:
+            raise
+        raise failure from error
     folder.set_state("finished")
     return results
 
 
+def _resume(folder: RunFolder, data: ImageData) -> dict[str, Any] | None:
+    """Read the checkpoint to go on from, and see that the data are those that it has seen."""
+    found = folder.resume()
+    if found is None:
+        return None
+    path, resumed = found
+    check_same_data(resumed["vit_attn"]["data"], data.describe())
+    log.info("resuming from %s at step %d", path, resumed["global_step"])
+    return resumed | {"path": path}
+
+
+def _leave_out(config: DictConfig, folder: RunFolder, error: NotFiniteError) -> None:
+    """Note the batches that ``error`` is of, to be left out from now on.
+
+    Raises:
+        UserError: that is not wanted, or they are too many.
+    """
+    kept = next((path for path in (folder.last, folder.previous) if path.exists()), None)
+    state = f"{kept} is from before it" if kept else "no checkpoint had been written yet"
+    skipped = folder.skipped_batches()
+    if config.trainer.on_nan == "stop":
+        raise UserError(
+            f"{error}; {state}. A smaller optimizer.lr, a longer lr_schedule.warmup or trainer.precision=32-true may "
+            "help; trainer.on_nan=rewind goes back and leaves the batch out"
+        ) from error
+    if len(skipped) + len(error.batches) > MOST_SKIPPED:
+        raise UserError(
+            f"{error}, after {len(skipped)} batches that were left out for the same: this training diverges. "
+            f"{state}. Try a smaller optimizer.lr or a longer lr_schedule.warmup"
+        ) from error
+    log.warning("rewind     %s: left out from now on; %s", error, state)
+    new = [{"epoch": error.epoch, "batch": batch, "step": error.step, "why": str(error)} for batch in error.batches]
+    folder.skip(skipped + new)
+
+
 def _run(
-    config: DictConfig, folder: RunFolder, data: ImageData, net: Any, resumed: dict[str, Any] | None
+    config: DictConfig,
+    folder: RunFolder,
+    data: ImageData,
+    net: nn.Module,
+    resumed: dict[str, Any] | None,
+    signals: StopSignals,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """Fit, score the best checkpoint and write results into a folder that stands ready."""
     cost = model_cost(net, data.image_size, data.in_chans)
@@ -82,20 +167,23 @@ def _run(
     if config.compile:
         net.compile()
     module = build_module(config, net, data)
-    trainer = build_trainer(config, folder, resumed)
+    skipped = folder.skipped_batches()
+    module.left_out = {(entry["epoch"], entry["batch"]) for entry in skipped}
+    trainer = build_trainer(config, folder, resumed, signals)
+    ranks.follow(trainer)
     try:
         log_config(trainer.loggers, without_secrets(plain(config)), _facts(data, net, cost))
         if resumed is not None:
             _resume_inside_epoch(resumed, data)
-            log.info("resuming from %s at step %d", folder.last, resumed["global_step"])
-        trainer.fit(module, datamodule=data, ckpt_path=folder.last if resumed is not None else None, weights_only=True)
+        path = resumed["path"] if resumed is not None else None
+        trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
         results = _score(trainer, module, data, folder, test=config.test)
         results |= {"run": str(config.run_name), "experiment": str(config.experiment_name), "seed": config.seed}
         results |= {"attention": plain(config.model)["attention"], "cost": cost, "environment": environment()}
-        results["data"] = data.describe()
+        results |= {"data": data.describe(), "skipped_batches": skipped}
         _write_results(config, trainer, module, data, folder, results)
-    except BaseException:
-        finish_loggers(trainer.loggers, failed=True)
+    except BaseException as error:
+        finish_loggers(trainer.loggers, failed=True, stopped=isinstance(error, Stopped))
         raise
     finish_loggers(trainer.loggers, failed=False)
     return results
@@ -148,8 +236,9 @@ def _resume_inside_epoch(checkpoint: dict[str, Any], data: ImageData) -> None:
 def _score(trainer: Trainer, module: Classifier, data: ImageData, folder: RunFolder, *, test: bool) -> dict[str, Any]:
     """Score the best checkpoint on validation and, once, on test."""
     trainer.strategy.barrier()
-    path = folder.best if folder.best.exists() else folder.last
-    best = load_checkpoint(path)
+    found = newest([folder.best, folder.last], set_aside=is_first_process())
+    assert found is not None, "the last one has just been written"
+    path, best = found
     module.load_state_dict(best["state_dict"])
     results: dict[str, Any] = {
         "checkpoint": path.name,

@@ -1,0 +1,98 @@
+"""A loss or a gradient that is NaN or infinite: found before it is saved, and the batch that caused it named."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, distributed
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from vit_attn.errors import UserError
+
+ON_NAN = ("stop", "rewind")
+# A training that leaves out more than this does not have bad batches, it diverges.
+MOST_SKIPPED = 10
+
+
+class NotFiniteError(UserError):
+    """A step whose loss or gradient is NaN or infinite.
+
+    Args:
+        what: "the loss is nan".
+        step: the optimizer step, from 0.
+        epoch: from 0.
+        batches: of the epoch, from 0, that may have caused it; more than one where gradients are accumulated.
+    """
+
+    def __init__(self, what: str, *, step: int, epoch: int, batches: range) -> None:
+        which = f"batch {batches[0] + 1}" if len(batches) == 1 else f"batches {batches[0] + 1} to {batches[-1] + 1}"
+        super().__init__(f"{what} in step {step} ({which} of epoch {epoch + 1})")
+        self.step, self.epoch, self.batches = step, epoch, batches
+
+
+class FiniteGuard(Callback):
+    """Note of each batch whether loss and gradient are finite, and look at the notes now and then.
+
+    Looking makes a GPU catch up with Python, so it happens where numbers are logged anyway, and before every save.
+    With fp16 the gradient may overflow: its scaler leaves such steps out by itself.
+    """
+
+    def __init__(self) -> None:
+        self._batches: list[tuple[int, int, int]] = []  # step, epoch, batch
+        self._losses: list[Tensor] = []
+        self._norms: list[Tensor] = []  # of the gradients; 0 where a batch ends no step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        self._batches, self._losses, self._norms = [], [], []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._batches.append((trainer.global_step, trainer.current_epoch, batch_idx))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if getattr(trainer.precision_plugin, "scaler", None) is None:
+            gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
+            if gradients:
+                norm = get_total_norm(gradients)
+                self._norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs["loss"].detach().float()
+        self._losses.append(loss)
+        self._norms += [torch.zeros_like(loss)] * (len(self._losses) - len(self._norms))
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the Trainer's logger connector
+        costs_nothing = loss.device.type == "cpu" and trainer.world_size == 1
+        if costs_nothing or (batch_idx + 1) % every == 0 or trainer.is_last_batch:
+            self.check(trainer)
+
+    def check(self, trainer: Trainer) -> None:
+        """Look at the batches since the last time, on all ranks together.
+
+        Raises:
+            NotFiniteError: naming the first that is not finite.
+        """
+        if not self._losses:
+            return
+        batches = self._batches[: len(self._losses)]
+        seen = torch.stack([torch.stack(self._losses), torch.stack(self._norms[: len(batches)]).float()], 1)
+        good = seen.isfinite().all(1)
+        if trainer.world_size > 1:
+            worst = good.int()
+            distributed.all_reduce(worst, op=distributed.ReduceOp.MIN)
+            good = worst.bool()
+        if not good.all():
+            first = int((~good).nonzero()[0])
+            step, epoch, batch = batches[first]
+            loss, norm = seen[first].tolist()
+            values = {"loss": loss, "gradient": norm}
+            found = [f"the {name} is {value}" for name, value in values.items() if not torch.tensor(value).isfinite()]
+            what = found[0] if found else "the loss is not finite on another rank"
+            window = batch % trainer.accumulate_grad_batches if what.startswith("the gradient") else 0
+            raise NotFiniteError(what, step=step, epoch=epoch, batches=range(batch - window, batch + 1))
+        self._batches = self._batches[len(batches) :]
+        self._losses, self._norms = [], []
