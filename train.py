@@ -20,7 +20,9 @@ from omegaconf import DictConfig
 from vit_attn.console import run_command
 from vit_attn.errors import UserError
 from vit_attn.outcomes import crashes, mistakes
+from vit_attn.slurm import let_first_rank_end
 from vit_attn.training.run import train
+from vit_attn.training.stopping import Stopped
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
@@ -37,6 +39,9 @@ def job(config: DictConfig) -> Exception | None:
         # Not through Hydra, which adds lines of its own; and the other jobs of a multirun go on.
         mistakes.append(error)
         return error
+    except Stopped:
+        let_first_rank_end()
+        raise
     except Exception as error:
         if HydraConfig.get().mode == RunMode.RUN:
             raise

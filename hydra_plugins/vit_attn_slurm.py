@@ -12,7 +12,7 @@ from vit_attn.errors import UserError
 
 _Base: Any = Launcher  # the extra may not be installed; Hydra imports this module for every command
 with suppress(ImportError):
-    from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher as _Base
+    from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher as _Base  # type: ignore[no-redef]
 
 
 class SlurmLauncher(_Base):
@@ -35,7 +35,9 @@ class SlurmLauncher(_Base):
 
     def __call__(self, *call: Any) -> dict[str, Any]:
         """Run one job, in a process that Slurm has started; returns what :func:`vit_attn.slurm.run_job` does."""
-        return slurm.run_job(lambda: super(SlurmLauncher, self).__call__(*call))
+        # Not by the class's name: Hydra runs this module again to look for plugins, and the name is another's then.
+        run = super().__call__
+        return slurm.run_job(lambda: run(*call))
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Submit and wait; mistakes and crashes are noted in :mod:`vit_attn.outcomes`.

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vit_attn import outcomes
 from vit_attn.console import explain, set_up
 from vit_attn.errors import UserError, one_line
+from vit_attn.training.stopping import Stopped
 
 log = logging.getLogger("vit_attn")
 
@@ -34,6 +35,7 @@ _ENDED = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
     *("REVOKED", "TIMEOUT", "GONE"),
 }
+_FIRST_RANK = 60.0  # seconds that the first rank of a stopped run has, while the others stay
 _QUEUE_POLL, _RESULT_POLL = 15.0, 1.0  # seconds: asking Slurm is dear where many ask, looking for a file is not
 
 
@@ -70,11 +72,11 @@ def submit(launcher: Any, params: dict[str, Any], job_overrides: Sequence[Sequen
     common = set(OmegaConf.structured(BaseQueueConf).keys())
     own = ("submitit_folder", "max_num_timeout", "setup")
     options = {name if name in common else f"slurm_{name}": value for name, value in params.items() if name not in own}
-    # A job may begin in any folder, and train.py need not be installed. A rank that ends first, its part done, must not
-    # take the one with it that requeues the job for all.
+    # A job may begin in any folder, and train.py need not be installed. A rank that fails ends the others, which may
+    # wait for it for long.
     root = shlex.quote(str(Path(__file__).parents[1]))
     options["slurm_setup"] = [f'export PYTHONPATH={root}"${{PYTHONPATH:+:$PYTHONPATH}}"', *(params["setup"] or [])]
-    options["slurm_srun_args"] = ["--kill-on-bad-exit=0"]
+    options["slurm_srun_args"] = ["--kill-on-bad-exit=1"]
     calls = [
         (list(overrides), "hydra.sweep.dir", number, f"job_id_for_{number}", Singleton.get_state())
         for number, overrides in enumerate(job_overrides, first)
@@ -105,7 +107,7 @@ def _here(path: Path) -> str:
 
 
 def run_job(call: Callable[[], JobReturn]) -> dict[str, Any]:
-    """Run one job in a process of its own.
+    """Run one job in a process of its own; one that a signal stops does not return but ends the process.
 
     Returns:
         ``status``, the exit status that train.py would have had: 0, 1 or that of a UserError; and ``message``. Plain,
@@ -122,12 +124,26 @@ def run_job(call: Callable[[], JobReturn]) -> dict[str, Any]:
         error = call().return_value
     except (UserError, HydraException, OmegaConfBaseException) as mistake:
         error = mistake
+    except Stopped as stop:
+        # Of SIGTERM, which Slurm sends before it ends or requeues a job by itself; SIGUSR1 and 2 have led to submitit.
+        print(stop, file=sys.stderr)
+        sys.exit(stop.status)
     if error is None:
         return {"status": 0, "message": ""}
     if isinstance(error, (UserError, HydraException, OmegaConfBaseException)):
         print(f"error: {explain(error)}", file=sys.stderr)
         return {"status": getattr(error, "status", 2), "message": explain(error)}
     return {"status": 1, "message": f"{type(error).__name__}: {one_line(error)[:300]}"}
+
+
+def let_first_rank_end() -> None:
+    """Where Slurm has started several ranks: stay until the first one has ended, which ends this one too.
+
+    srun ends all ranks when one ends with a status other than 0, but the first one has more to do when a signal stops
+    the run: it saves, closes the logs and may requeue the job.
+    """
+    if int(os.environ.get("SLURM_PROCID", "0")) > 0:
+        time.sleep(_FIRST_RANK)
 
 
 def wait(jobs: Sequence[Any]) -> None:
@@ -148,7 +164,7 @@ class _Watch:
 
     def __init__(self, jobs: Sequence[Any]) -> None:
         self.left = {job.job_id: job for job in jobs}
-        self._states: dict[str, str] = {}
+        self._restarts = dict.fromkeys(self.left, 0)
         self._ended: dict[str, int] = {}  # how often in a row Slurm has said so: a network's disk may be late
         self._ask_at = time.monotonic() + _QUEUE_POLL
 
@@ -164,11 +180,11 @@ class _Watch:
             self._ask_at = time.monotonic() + _QUEUE_POLL
 
     def _ask(self) -> None:
-        for name, state in _ask_slurm(self.left).items():
-            if self._states.get(name) == "RUNNING" and state in ("PENDING", "COMPLETING", "REQUEUED"):
-                log.info("slurm      job %s has been requeued; it goes on from its checkpoint", name)
+        for name, (state, restarts) in _ask_slurm(self.left).items():
+            if restarts > self._restarts[name]:
+                log.info("slurm      job %s was requeued (%d); it goes on from its checkpoint", name, restarts)
+                self._restarts[name] = restarts
             self._ended[name] = self._ended.get(name, 0) + 1 if state in _ENDED else 0
-            self._states[name] = state
             if self._ended[name] > 1 and _results(self.left[name]) is None:
                 _note(self.left.pop(name), {"status": 1, "message": f"ended by Slurm as {state}, without a result"})
 
@@ -199,20 +215,21 @@ def _results(job: Any) -> list[dict[str, Any]] | None:
     found = []
     for path in paths:
         how, what = pickle_load(path)  # written by run_job, or a traceback by submitit
-        crash = {"status": 1, "message": one_line(str(what).strip().splitlines()[-1:])}
+        crash = {"status": 1, "message": one_line(str(what).strip().rpartition("\n")[2])}
         found.append(what if how == "success" else crash)
     return found
 
 
-def _ask_slurm(jobs: dict[str, Any]) -> dict[str, str]:
-    """Ask Slurm for each job's state; one that it has forgotten is "GONE". Empty: no answer."""
-    arrays = ",".join(sorted({name.partition("_")[0] for name in jobs}))
-    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T", f"--jobs={arrays}"]
+def _ask_slurm(names: Iterable[str]) -> dict[str, tuple[str, int]]:
+    """Ask for each job's state and how often it was requeued; "GONE" is forgotten. Empty: no answer."""
+    arrays = ",".join(sorted({name.partition("_")[0] for name in names}))
+    form = "--Format=JobArrayID:60,State:30,RestartCnt:20"
+    command = ["squeue", "--noheader", "--array", "--states=all", form, f"--jobs={arrays}"]
     try:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return {}
     if asked.returncode and "Invalid job id" not in asked.stderr:
         return {}  # slurmctld is busy or being restarted
-    told = dict(line.split("|", 1) for line in asked.stdout.split())
-    return {name: told.get(name, "GONE") for name in jobs}
+    told = {name: (state, int(count)) for name, state, count in map(str.split, asked.stdout.splitlines())}
+    return {name: told.get(name, ("GONE", 0)) for name in names}
