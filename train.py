@@ -39,8 +39,8 @@ def job(config: DictConfig) -> Exception | None:
         # Not through Hydra, which adds lines of its own; and the other jobs of a multirun go on.
         mistakes.append(error)
         return error
-    except Stopped:
-        let_first_rank_end()
+    except Stopped as stop:
+        let_first_rank_end(stop.status)
         raise
     except Exception as error:
         if HydraConfig.get().mode == RunMode.RUN:
@@ -66,6 +66,8 @@ def main() -> None:
     """Run the command line's one job or many, then say what went wrong."""
     # Hydra's own parser takes -m before the overrides or after them, not in between.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
+    mistakes.clear()  # of the last command, where one process runs several
+    crashes.clear()
     job()
     if mistakes:
         error = UserError("; ".join(dict.fromkeys(map(str, mistakes))))

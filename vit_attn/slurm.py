@@ -13,7 +13,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from hydra.core.singleton import Singleton
@@ -86,7 +89,8 @@ def submit(launcher: Any, params: dict[str, Any], job_overrides: Sequence[Sequen
             folder=params["submitit_folder"], cluster="slurm", slurm_max_num_timeout=params["max_num_timeout"]
         )
         executor.update_parameters(**options)
-        jobs = executor.map_array(launcher, *zip(*calls, strict=True))
+        with redirect_stderr(StringIO()):  # submitit prints what sbatch said, besides raising it
+            jobs = executor.map_array(launcher, *zip(*calls, strict=True))
     except FailedJobError as error:
         lines = [line for line in str(error).splitlines() if line.startswith("sbatch: ")]
         raise UserError("hydra/launcher=slurm: " + one_line("; ".join(lines) or error)[:300]) from error
@@ -136,14 +140,21 @@ def run_job(call: Callable[[], JobReturn]) -> dict[str, Any]:
     return {"status": 1, "message": f"{type(error).__name__}: {one_line(error)[:300]}"}
 
 
-def let_first_rank_end() -> None:
-    """Where Slurm has started several ranks: stay until the first one has ended, which ends this one too.
+def let_first_rank_end(status: int) -> None:
+    """Where Slurm has started several ranks and a signal stops the run: stay until the first rank has ended.
 
-    srun ends all ranks when one ends with a status other than 0, but the first one has more to do when a signal stops
-    the run: it saves, closes the logs and may requeue the job.
+    srun ends all ranks, by SIGTERM, when one ends with a status other than 0; but the first one has more to do: it
+    closes the logs and may requeue the job. Ended so, this process leaves with ``status``, which tells why, instead.
     """
-    if int(os.environ.get("SLURM_PROCID", "0")) > 0:
-        time.sleep(_FIRST_RANK)
+    if int(os.environ.get("SLURM_PROCID", "0")) == 0:
+        return
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(status)
+
+    signal.signal(signal.SIGTERM, end)
+    time.sleep(_FIRST_RANK)
 
 
 def wait(jobs: Sequence[Any]) -> None:

@@ -23,7 +23,7 @@ SCRIPT = ROOT / "docker" / "slurm" / "train.sbatch"
 SETTINGS = (
     *("data=digits", "trainer=cpu", "logger=none", "model.depth=2", "model.embed_dim=32", "model.num_heads=2"),
     *("trainer.max_epochs=10", "trainer.log_every_n_steps=1", "trainer.accumulate_grad_batches=2"),
-    *("model.drop_rate=0.1", "data.augment.mixup=0.2", "optimizer.lr=2e-3"),
+    *("model.drop_rate=0.1", "data.augment.mixup=0.2", "optimizer.lr=2e-3", "data.batch_size=32"),
     *("callbacks.ema.enabled=true", "callbacks.ema.decay=0.9"),
     *("callbacks.early_stopping.enabled=true", "callbacks.early_stopping.patience=50", "explain_images=0"),
     *("callbacks.checkpoint_every_n_steps=15", "callbacks.attention_probe.pictures_every_n_epochs=1000"),
@@ -114,11 +114,9 @@ def starts(run):
     return len(lines_of(run, with_text="run        "))
 
 
-def until_trains(run, *, times=1):
-    """Wait until a run is amid its training, for the second time where it has been started twice."""
-    until(lambda: starts(run) == times, f"start {times} of {run.name}")
-    before = len(lines_of(run, with_text="epoch "))
-    until(lambda: len(lines_of(run, with_text="epoch ")) > before or before == 10, f"an epoch of {run.name}")
+def until_trains(run):
+    """Wait until a run is amid its training."""
+    until(lambda: lines_of(run, with_text="epoch "), f"an epoch of {run.name}")
     assert not lines_of(run, with_text=" 10/10 "), "it was over too soon to be disturbed"
 
 
@@ -140,7 +138,7 @@ def assert_same(run, undisturbed):
         for part in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
             assert leaves(mine[part]) == leaves(other[part]), f"{name}: {part}"
     rows, expected = (read_rows(each) for each in (run, undisturbed))
-    assert len(rows) > 100
+    assert len(rows) > 90
     assert rows == expected
     scores, expected = (json.loads((each / "results" / "metrics.json").read_text()) for each in (run, undisturbed))
     for part in ("val", "test", "best_step", "steps", "attention_statistics"):
@@ -182,12 +180,10 @@ def test_the_script_requeues_itself(tmp_path, slurm, undisturbed):
     job = submit_script(slurm, tmp_path, "seed=0")
     run = tmp_path / "experiments" / "default" / "run"
     until_trains(run)
-    slurm("scancel", "--signal=USR1", job)  # to the tasks, as Slurm does before the time limit
-    until_trains(run, times=2)
     slurm("scancel", "--signal=USR1", "--batch", job)  # to the script, which hands it on
     ended = until_ended(slurm, job)
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "2")
-    assert starts(run) == 3
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1")
+    assert starts(run) == 2
     assert_same(run, undisturbed("seed0"))
 
 
@@ -206,7 +202,7 @@ def test_two_ranks_of_the_script(tmp_path, slurm, undisturbed):
     job = submit_script(slurm, tmp_path, "seed=0", "trainer=ddp_cpu", options=["--ntasks-per-node=2"])
     run = tmp_path / "experiments" / "default" / "run"
     until_trains(run)
-    slurm("scancel", "--signal=USR1", job)
+    slurm("scancel", "--signal=USR1", job)  # to the tasks, as Slurm does before the time limit
     ended = until_ended(slurm, job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
     assert starts(run) == 2
@@ -233,7 +229,7 @@ def test_mistakes_and_lost_jobs_reach_the_launching_command(tmp_path, slurm, lau
     slurm("scancel", jobs["0"])
     out, err = command.communicate(timeout=300)
     assert command.returncode == 2
-    assert err.startswith("error: attention 'strideed': unknown pattern 'strideed'. Did you mean 'strided'?")
+    assert err.startswith("error: unknown attention 'strideed'. Did you mean 'strided'?")
     assert err.count("\n") == 1
     assert "_0: ended by Slurm as CANCELLED, without a result" in out
     assert "Traceback" not in out + err
