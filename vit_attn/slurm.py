@@ -70,7 +70,7 @@ def submit(launcher: Any, params: dict[str, Any], job_overrides: Sequence[Sequen
     """
     import submitit
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
+    from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
 
     common = set(OmegaConf.structured(BaseQueueConf).keys())
     own = ("submitit_folder", "max_num_timeout", "setup")
@@ -85,6 +85,8 @@ def submit(launcher: Any, params: dict[str, Any], job_overrides: Sequence[Sequen
         for number, overrides in enumerate(job_overrides, first)
     ]
     try:
+        # Jobs and what they return are pickles: nobody else may put one there.
+        JobPaths.get_first_id_independent_folder(params["submitit_folder"]).mkdir(0o700, parents=True, exist_ok=True)
         executor = submitit.AutoExecutor(
             folder=params["submitit_folder"], cluster="slurm", slurm_max_num_timeout=params["max_num_timeout"]
         )
@@ -144,14 +146,16 @@ def let_first_rank_end(status: int) -> None:
     """Where Slurm has started several ranks and a signal stops the run: stay until the first rank has ended.
 
     srun ends all ranks, by SIGTERM, when one ends with a status other than 0; but the first one has more to do: it
-    closes the logs and may requeue the job. Ended so, this process leaves with ``status``, which tells why, instead.
+    closes the logs and may requeue the job. Ended so, this process leaves with ``status``, which tells why, and at once:
+    after KillWait, 30 seconds where nobody has changed it, srun kills it and gives that for the status of all.
     """
     if int(os.environ.get("SLURM_PROCID", "0")) == 0:
         return
 
     def end(signum: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        sys.exit(status)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
     signal.signal(signal.SIGTERM, end)
     time.sleep(_FIRST_RANK)

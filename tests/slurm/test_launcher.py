@@ -112,6 +112,7 @@ def test_what_is_submitted(tmp_path, slurm_commands):
     assert f"export PYTHONPATH={ROOT}" in text
     assert "\nmodule load cuda\n" in text
     assert "--kill-on-bad-exit=1" in text
+    assert (tmp_path / "default" / ".submitit").stat().st_mode & 0o077 == 0
     call = pickle.loads(jobs[1].paths.submitted_pickle.read_bytes())  # noqa: S301  # of this test's own making
     assert call.args[:3] == (["seed=1"], "hydra.sweep.dir", 1)
     assert call._timeout_countdown == 100
@@ -179,6 +180,7 @@ def test_ranks_after_the_first_stay_until_srun_ends_them(monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(slurm.time, "sleep", sleep)
+    monkeypatch.setattr(slurm.os, "_exit", sys.exit)
     for rank in ("", "0"):
         monkeypatch.setenv("SLURM_PROCID", rank) if rank else monkeypatch.delenv("SLURM_PROCID", raising=False)
         slurm.let_first_rank_end(138)

@@ -28,15 +28,14 @@ SETTINGS = (
     *("callbacks.early_stopping.enabled=true", "callbacks.early_stopping.patience=50", "explain_images=0"),
     *("callbacks.checkpoint_every_n_steps=15", "callbacks.attention_probe.pictures_every_n_epochs=1000"),
 )
+KEY = "0123456789abcdef" * 2 + "planted!"
 TWO_RANKS = ("trainer=ddp_cpu", "hydra.launcher.tasks_per_node=2")
 
 
 @pytest.fixture(scope="module")
 def environment():
-    hidden = ("PYTHONPATH", "WANDB_API_KEY")
-    return {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") and k not in hidden} | {
-        "OMP_NUM_THREADS": "1"
-    }
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") and k != "PYTHONPATH"}
+    return clean | {"OMP_NUM_THREADS": "1", "WANDB_API_KEY": KEY}
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +173,9 @@ def test_a_sweep_whose_jobs_are_requeued_and_signalled(tmp_path, slurm, undistur
         assert starts(run) == (2 if number < 2 else 1)
         assert_same(run, undisturbed(f"seed{number}"))
     assert (tmp_path / "experiments" / "sweep" / "report" / "report.html").exists()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name.endswith("_submitted.pkl") for path in files)
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
 
 
 def test_the_script_requeues_itself(tmp_path, slurm, undisturbed):
