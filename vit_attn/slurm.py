@@ -146,8 +146,8 @@ def let_first_rank_end(status: int) -> None:
     """Where Slurm has started several ranks and a signal stops the run: stay until the first rank has ended.
 
     srun ends all ranks, by SIGTERM, when one ends with a status other than 0; but the first one has more to do: it
-    closes the logs and may requeue the job. Ended so, this process leaves with ``status``, which tells why, and at once:
-    after KillWait, 30 seconds where nobody has changed it, srun kills it and gives that for the status of all.
+    closes the logs and may requeue the job. Ended so, this process leaves with ``status``, which tells why, and does
+    so at once: after KillWait, 30 seconds unless changed, srun kills it and gives that for the status of all.
     """
     if int(os.environ.get("SLURM_PROCID", "0")) == 0:
         return
