@@ -119,6 +119,12 @@ def until_trains(run):
     assert not lines_of(run, with_text=" 10/10 "), "it was over too soon to be disturbed"
 
 
+def array_of(slurm):
+    """Number of the only job array, or job, that has not ended."""
+    (number,) = {*slurm("squeue", "--noheader", "--array", "--format=%F", "--states=PENDING,RUNNING").split()}
+    return number
+
+
 def job_state(slurm, job):
     shown = slurm("scontrol", "show", "job", job)
     return {key: value for key, _, value in (part.partition("=") for part in shown.split())}
@@ -162,7 +168,7 @@ def test_a_sweep_whose_jobs_are_requeued_and_signalled(tmp_path, slurm, undistur
     command = launch(*SETTINGS, "experiment_name=sweep", "run_name=seed${seed}", "seed=0,1,2")
     runs = [tmp_path / "experiments" / "sweep" / f"seed{seed}" for seed in range(3)]
     until_trains(runs[0])
-    array = slurm("squeue", "--noheader", "--format=%A_%F").split()[0].split("_")[1]
+    array = array_of(slurm)
     slurm("scontrol", "requeue", f"{array}_0")
     until_trains(runs[1])
     slurm("scancel", "--signal=USR1", f"{array}_1")
@@ -193,7 +199,7 @@ def test_two_ranks_of_the_launcher(tmp_path, slurm, undisturbed, launch):
     command = launch(*SETTINGS, *TWO_RANKS, "run_name=ddp", "seed=0")
     run = tmp_path / "experiments" / "default" / "ddp"
     until_trains(run)
-    slurm("scancel", "--signal=USR1", slurm("squeue", "--noheader", "--format=%A").strip())
+    slurm("scancel", "--signal=USR1", array_of(slurm))
     out, err = command.communicate(timeout=300)
     assert (command.returncode, err) == (0, ""), out
     assert starts(run) == 2
@@ -227,8 +233,7 @@ def test_the_script_requeues_no_mistake_and_nothing_cancelled(tmp_path, slurm):
 def test_mistakes_and_lost_jobs_reach_the_launching_command(tmp_path, slurm, launch):
     command = launch(*SETTINGS, "run_name=${model.attention}", "model.attention=softmax,strideed")
     until_trains(tmp_path / "experiments" / "default" / "softmax")
-    jobs = dict(line.split() for line in slurm("squeue", "--noheader", "--array", "--format=%K %A").splitlines())
-    slurm("scancel", jobs["0"])
+    slurm("scancel", f"{array_of(slurm)}_0")
     out, err = command.communicate(timeout=300)
     assert command.returncode == 2
     assert err.startswith("error: unknown attention 'strideed'. Did you mean 'strided'?")
