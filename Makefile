@@ -9,7 +9,7 @@ COMPOSE = HOST_UID=$$(id -u) HOST_GID=$$(id -g) docker compose -f docker/compose
 # With DRY_RUN=1, print the command instead of running it.
 run = $(if $(filter 1,$(DRY_RUN)),@: $(info $(1)),$(1))
 
-.PHONY: help setup demo compare train evaluate explain report masks bench sweep test test-slow test-faults test-slurm lint format docker-build docker-train
+.PHONY: help setup demo compare train evaluate explain report masks bench sweep test test-faults test-slow test-slurm lint format docker-build docker-train
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":[^#]*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
