@@ -5,13 +5,19 @@ from contextlib import contextmanager
 
 from vit_attn.attention.names import unknown_name
 
-__all__ = ["LostRankError", "UserError", "one_line", "unknown_name", "user_errors"]
+__all__ = ["LostRankError", "RunInUseError", "UserError", "one_line", "unknown_name", "user_errors"]
 
 
 class UserError(Exception):
     """A mistake of the user or of their machine: shown as one line, no traceback."""
 
     status = 2  # of the process that ends of it: trying again will not mend it
+
+
+class RunInUseError(UserError):
+    """Another process is at this run."""
+
+    status = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 class LostRankError(UserError):
@@ -21,7 +27,7 @@ class LostRankError(UserError):
         what: is known of it.
     """
 
-    status = 75  # EX_TEMPFAIL of sysexits.h: try again
+    status = RunInUseError.status
 
     def __init__(self, what: str) -> None:
         super().__init__(f"{what}; the same command goes on from the last checkpoint")

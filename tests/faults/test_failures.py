@@ -233,10 +233,10 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path, undisturb
     second = jobs.run(tmp_path / "second", *jobs.EVERYTHING, f"experiments_dir={tmp_path}")
     assert re.search(
         rf"^error: .*default/run: this run is going on already, in process {first.process.pid} on \S+ since \d{{4}}-",
-        last_line(second),
+        last_line(second, 75),
     )
     also = jobs.run(tmp_path / "second", *jobs.EVERYTHING, f"experiments_dir={tmp_path}", "overwrite=true")
-    assert "going on already" in last_line(also)
+    assert "going on already" in last_line(also, 75)
     assert {path: path.read_bytes() for path in jobs.folder_of(tmp_path).rglob("*") if path.is_file()} == before
     first.send(signal.SIGKILL)
     assert first.end().status == -signal.SIGKILL

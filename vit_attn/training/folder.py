@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from vit_attn.config import differences, plain, without_secrets
 from vit_attn.console import is_first_process, write_log_to
-from vit_attn.errors import UserError, one_line
+from vit_attn.errors import RunInUseError, UserError, one_line
 from vit_attn.files import whole_file
 from vit_attn.training.checkpoint import BEST, LAST, PREVIOUS, newest
 
@@ -90,7 +90,8 @@ class RunFolder:
         """Own the folder: two processes that write one run would spoil it. The lock of a dead process is free.
 
         Raises:
-            UserError: the run is going on elsewhere, or the folder cannot be written.
+            RunInUseError: the run is going on elsewhere.
+            UserError: the folder cannot be written.
         """
         if not is_first_process():
             yield  # the first process of the run has the lock, for all of them
@@ -101,7 +102,7 @@ class RunFolder:
             # Processes that read images for a dead owner hold its lock until they see that it is gone.
             lock.acquire(timeout=_ORPHANS_SECONDS if self._owner_is_dead() else 0)
         except Timeout as error:
-            raise UserError(f"{self.root}: this run is going on already{self._owner()}") from error
+            raise RunInUseError(f"{self.root}: this run is going on already{self._owner()}") from error
         except OSError as error:
             raise self._unwritable(error) from error
         try:

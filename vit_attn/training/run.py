@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
-from torch import nn
+from torch import distributed, nn
 
 from vit_attn.attention import attention_layers
 from vit_attn.config import plain, without_secrets
@@ -149,6 +149,8 @@ def _leave_out(config: DictConfig, folder: RunFolder, error: NotFiniteError) -> 
     log.warning("rewind     %s: left out from now on; %s", error, state)
     new = [{"epoch": error.epoch, "batch": batch, "step": error.step, "why": str(error)} for batch in error.batches]
     folder.skip(skipped + new)
+    if distributed.is_initialized():
+        distributed.barrier()  # the others read what the first has written
 
 
 def _run(
