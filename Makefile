@@ -9,7 +9,7 @@ COMPOSE = HOST_UID=$$(id -u) HOST_GID=$$(id -g) docker compose -f docker/compose
 # With DRY_RUN=1, print the command instead of running it.
 run = $(if $(filter 1,$(DRY_RUN)),@: $(info $(1)),$(1))
 
-.PHONY: help setup demo compare train evaluate explain report masks bench sweep test test-faults test-slow test-containers lint audit format docker-build docker-train
+.PHONY: help setup demo compare train evaluate explain report masks bench sweep test test-faults test-slow test-slurm test-containers lint audit format docker-build docker-train
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":[^#]*## "} /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -44,14 +44,17 @@ bench: setup ## measure speed and memory, e.g. make bench ARGS="attention --quic
 sweep: setup ## start a W&B sweep, e.g. make sweep SWEEP=conf/sweep/alpha.yaml
 	.venv/bin/wandb sweep $(SWEEP)
 
-test: setup ## run the tests but the slow ones, e.g. make test ARGS="-k strided"
-	.venv/bin/python -m pytest -m "not slow and not fuzz and not containers" $(ARGS)
+test: setup ## run the tests but the slow ones and Slurm's, e.g. make test ARGS="-k strided"
+	.venv/bin/python -m pytest -m "not slow and not fuzz and not containers and not slurm" $(ARGS)
 
 test-faults: setup ## break runs in every way there is a test for, and count what survived
 	.venv/bin/python -m pytest -m "faults or fuzz" $(ARGS)
 
 test-slow: setup ## run the slow tests
 	.venv/bin/python -m pytest -m slow $(ARGS)
+
+test-slurm: setup ## train on a Slurm cluster of this machine alone; needs the packages slurm-wlm and munge
+	.venv/bin/python -m pytest -m slurm tests/slurm $(ARGS)
 
 test-containers: setup ## check the Docker and Kubernetes files, build the image with buildah, run it with runc: root, some minutes
 	tests/containers/check
