@@ -39,6 +39,7 @@ from vit_attn.training.finite import MOST_SKIPPED, NotFiniteError
 from vit_attn.training.folder import RunFolder, update_json
 from vit_attn.training.module import Classifier, build_optimizer
 from vit_attn.training.ranks import Ranks
+from vit_attn.training.sharding import whole_net
 from vit_attn.training.stopping import Stopped, StopSignals
 
 log = logging.getLogger("vit_attn")
@@ -177,6 +178,7 @@ def _run(
             _resume_inside_epoch(resumed, data)
         path = resumed["path"] if resumed is not None else None
         trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+        module.net = whole_net(module.net)  # one process draws and explains, alone
         results = _score(trainer, module, data, folder, test=config.test)
         results |= {"run": str(config.run_name), "experiment": str(config.experiment_name), "seed": config.seed}
         results |= {"attention": plain(config.model)["attention"], "cost": cost, "environment": environment()}
