@@ -30,6 +30,11 @@ class Ema(EMAWeightAveraging):
             shard(average.net, trainer.strategy.device_mesh["data_parallel"])  # type: ignore[attr-defined, arg-type]
         self._average_model.to(self._device or pl_module.device)
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the model alone from here on: the best weights are validated once more, not the last average."""
+        if stage == "fit":
+            self._average_model = None
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the average in the place of the weights, and the weights beside it."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
