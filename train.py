@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from vit_attn.console import run_command
 from vit_attn.errors import UserError
+from vit_attn.training.launcher import names_to_pass_on
 from vit_attn.training.run import train
 
 mistakes: list[UserError] = []
@@ -28,7 +29,7 @@ crashes: list[Exception] = []
 def job(config: DictConfig) -> None:
     """Run one configuration; a multirun calls this for each."""
     # Lightning starts the other processes of a run by repeating the command line: give it that of this job alone.
-    sys.argv = [sys.argv[0], *HydraConfig.get().overrides.task, "hydra.mode=RUN"]
+    sys.argv = [sys.argv[0], *HydraConfig.get().overrides.task, *names_to_pass_on(config), "hydra.mode=RUN"]
     environment = dict(os.environ)
     try:
         train(config)

@@ -37,6 +37,7 @@ from vit_attn.training.explaining import explain_test_images
 from vit_attn.training.failures import named
 from vit_attn.training.finite import MOST_SKIPPED, NotFiniteError
 from vit_attn.training.folder import RunFolder, update_json
+from vit_attn.training.launcher import follow_launcher
 from vit_attn.training.module import Classifier, build_optimizer
 from vit_attn.training.ranks import Ranks
 from vit_attn.training.sharding import whole_net
@@ -55,6 +56,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         UserError: a mistake in the configuration or the data, before any training; later, a failure of the machine.
         Stopped: by a signal; what was done is saved.
     """
+    follow_launcher(config)
     check_config(config)
     folder = RunFolder.of(config)
     with StopSignals() as signals:
