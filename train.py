@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from vit_attn.console import run_command
 from vit_attn.errors import UserError
-from vit_attn.training.launcher import names_to_pass_on
+from vit_attn.training.launcher import launched_from_outside, names_to_pass_on
 from vit_attn.training.run import train
 
 mistakes: list[UserError] = []
@@ -42,8 +42,9 @@ def job(config: DictConfig) -> None:
         traceback.print_exc()
         crashes.append(error)
     finally:
-        # Lightning leaves its process group, and the variables that say it has been launched, to the next job.
-        if torch.distributed.is_initialized():
+        # Lightning leaves its process group, and the variables that say it has been launched, to the next job. Processes
+        # from outside are those of the next job too; torch would look for them where they were in this one.
+        if torch.distributed.is_initialized() and not launched_from_outside():
             torch.distributed.destroy_process_group()
         os.environ.clear()
         os.environ.update(environment)
@@ -53,11 +54,16 @@ def main() -> None:
     """Run the command line's one job or many, then say what went wrong."""
     # Hydra's own parser takes -m before the overrides or after them, not in between.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
-    job()
+    try:
+        job()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     if mistakes:
         error = UserError("; ".join(dict.fromkeys(map(str, mistakes))))
         # One that trying again may mend makes the whole worth a try.
         error.status = max(mistake.status for mistake in mistakes)
+        error.everywhere = all(mistake.everywhere for mistake in mistakes)
         raise error
     if crashes:
         sys.exit(f"error: {len(crashes)} of the runs crashed; their tracebacks are above, and the report names them")

@@ -136,7 +136,8 @@ def run_command(command: Callable[[], object], *, resumes: bool = True) -> int:
             print(f"error: {error}", file=sys.stderr)
         return error.status
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
+        if is_first_process() or not getattr(error, "everywhere", True):
+            print(f"error: {explain(error)}", file=sys.stderr)
         return getattr(error, "status", UserError.status)
     except Stopped as stop:
         print(stop, file=sys.stderr)

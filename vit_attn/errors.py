@@ -5,13 +5,14 @@ from contextlib import contextmanager
 
 from vit_attn.attention.names import unknown_name
 
-__all__ = ["LostRankError", "UserError", "one_line", "unknown_name", "user_errors"]
+__all__ = ["LostRankError", "UserError", "on_every_process", "one_line", "unknown_name", "user_errors"]
 
 
 class UserError(Exception):
     """A mistake of the user or of their machine: shown as one line, no traceback."""
 
     status = 2  # of the process that ends of it: trying again will not mend it
+    everywhere = False  # all processes of a run meet it, so that the first one may speak for them
 
 
 class LostRankError(UserError):
@@ -31,6 +32,16 @@ def one_line(error: BaseException | str) -> str:
     """The message of ``error`` on a single line, without blank runs."""
     text = " ".join(str(error).split())
     return text or type(error).__name__
+
+
+@contextmanager
+def on_every_process() -> Iterator[None]:
+    """What is wrong within this block is wrong on every process of a run."""
+    try:
+        yield
+    except UserError as error:
+        error.everywhere = True
+        raise
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch import distributed
 
-from vit_attn.errors import LostRankError, UserError
+from vit_attn.errors import LostRankError, UserError, on_every_process
 
 _FOLDER = ("experiments_dir", "experiment_name", "run_name")
 _OF_THE_MOMENT = "${now:"  # Hydra's clock
@@ -36,7 +36,7 @@ def follow_launcher(config: DictConfig) -> None:
                 what = "processes per node" if key == "devices" else "nodes"
                 raise UserError(f"trainer.{key}={value}, but torchrun has started {number} {what}: leave it out")
             config.trainer[key] = number
-    elif not _slurm_starts_several():
+    if not launched_from_outside():
         return
     raw: Any = OmegaConf.to_container(config, resolve=False)
     for key in _FOLDER:
@@ -54,8 +54,11 @@ def _given_on_the_command_line() -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
-def _slurm_starts_several() -> bool:
-    return SLURMEnvironment.detect() and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+def launched_from_outside() -> bool:
+    """Whether torchrun or Slurm has started the processes of this run, and not Lightning from the first of them."""
+    return TorchElasticEnvironment.detect() or (
+        SLURMEnvironment.detect() and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    )
 
 
 def names_to_pass_on(config: DictConfig) -> list[str]:
@@ -93,10 +96,11 @@ class OneRun(Callback):
         distributed.all_gather_object(found, (self.folder, self.step))
         for rank, (folder, step) in enumerate(found):
             if folder != found[0][0]:
-                raise UserError(
-                    f"the processes of this run would write into {found[0][0]} and, process {rank}, {folder}: "
-                    "give all of them one experiments_dir=, experiment_name= and run_name="
-                )
+                with on_every_process():
+                    raise UserError(
+                        f"the processes of this run would write into {found[0][0]} and, process {rank}, {folder}: "
+                        "give all of them one experiments_dir=, experiment_name= and run_name="
+                    )
             if step != found[0][1]:
                 raise LostRankError(
                     f"process {rank} would go on from step {step or 0}, process 0 from step {found[0][1] or 0}"

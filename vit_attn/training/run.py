@@ -16,7 +16,7 @@ from vit_attn.config import plain, without_secrets
 from vit_attn.console import is_first_process, log_paths
 from vit_attn.cost import environment, model_cost, peak_memory
 from vit_attn.data import ImageData, check_same_data
-from vit_attn.errors import UserError, one_line, user_errors
+from vit_attn.errors import UserError, on_every_process, one_line, user_errors
 from vit_attn.explain.explanation_figures import overlay
 from vit_attn.explain.explanations import METHOD_TITLES, Explanations
 from vit_attn.explain.probe import default_layers, look, write_masks, write_panels
@@ -56,8 +56,9 @@ def train(config: DictConfig) -> dict[str, Any]:
         UserError: a mistake in the configuration or the data, before any training; later, a failure of the machine.
         Stopped: by a signal; what was done is saved.
     """
-    follow_launcher(config)
-    check_config(config)
+    with on_every_process():
+        follow_launcher(config)
+        check_config(config)
     folder = RunFolder.of(config)
     with StopSignals() as signals:
         try:
