@@ -42,8 +42,8 @@ def job(config: DictConfig) -> None:
         traceback.print_exc()
         crashes.append(error)
     finally:
-        # Lightning leaves its process group, and the variables that say it has been launched, to the next job. Processes
-        # from outside are those of the next job too; torch would look for them where they were in this one.
+        # Lightning leaves its process group, and the variables that say it has been launched, to the next job.
+        # Processes from outside are those of the next job too; torch would look for them where they were in this one.
         if torch.distributed.is_initialized() and not launched_from_outside():
             torch.distributed.destroy_process_group()
         os.environ.clear()

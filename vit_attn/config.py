@@ -72,7 +72,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def _global_batch(leaves: dict[str, Any]) -> int | None:
     """Images that all processes together take at a time; None where "auto" leaves their number open."""
     sizes = [leaves.get(key) for key in ("data.batch_size", "trainer.devices", "trainer.num_nodes")]
-    return prod(sizes) if all(isinstance(size, int) for size in sizes) else None
+    known = [size for size in sizes if isinstance(size, int)]
+    return prod(known) if len(known) == len(sizes) else None
 
 
 def without_secrets(config: Any, key: str = "") -> Any:
