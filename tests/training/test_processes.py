@@ -271,7 +271,7 @@ def test_processes_that_are_not_one_run_are_refused_on_one_line(tmp_path, tiny, 
 def test_lightnings_processes_take_the_name_that_the_first_one_read_off_the_clock(tmp_path, tiny):
     settings = [setting for setting in tiny if setting != "trainer=cpu"]
     limits = ("trainer.limit_train_batches=1", "trainer.limit_val_batches=1", "test=false", "trainer=ddp_cpu")
-    run([*TRAIN, *settings, *limits, "run_name=it\\'s_${now:%H_%M_%S_%f}"], tmp_path)
+    run([*TRAIN, *settings, *limits, "run_name='it\\'s_${now:%H_%M_%S_%f}'"], tmp_path)
     (folder,) = (tmp_path / "experiments" / "default").iterdir()
     assert folder.name.startswith("it's_")
 

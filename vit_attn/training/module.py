@@ -116,6 +116,8 @@ class Classifier(LightningModule):
         self.extra = dict(extra or {})
         self.left_out: Container[tuple[int, int]] = ()  # (epoch, batch) whose images are not trained on
         self._learned_something = False  # in the batches since the last step
+        # Lightning's own mean over ranks rounds the number of images down, where they have unequal ones.
+        self.val_loss = MeanMetric()
         self.val_acc = MulticlassAccuracy(num_classes, average="micro")
         self.val_ece = _calibration_error(num_classes)
         scores: dict[str, Any] = {
@@ -186,7 +188,8 @@ class Classifier(LightningModule):
         logits = self(images)
         self.val_acc.update(logits, labels)
         self.val_ece.update(self.probabilities(logits), labels)
-        self.log("val/loss", self.criterion(logits, labels), on_epoch=True, batch_size=len(labels), sync_dist=True)
+        self.val_loss.update(self.criterion(logits, labels), weight=len(labels))
+        self.log("val/loss", self.val_loss, on_epoch=True, batch_size=len(labels))
         self.log("val/acc", self.val_acc, on_epoch=True, batch_size=len(labels), prog_bar=True)
         self.log("val/ece", self.val_ece, on_epoch=True, batch_size=len(labels))
 
