@@ -9,10 +9,10 @@ COMPOSE = HOST_UID=$$(id -u) HOST_GID=$$(id -g) docker compose -f docker/compose
 # With DRY_RUN=1, print the command instead of running it.
 run = $(if $(filter 1,$(DRY_RUN)),@: $(info $(1)),$(1))
 
-.PHONY: help setup demo compare train evaluate explain report masks bench sweep test test-slow lint format docker-build docker-train
+.PHONY: help setup demo compare train evaluate explain report masks bench sweep test test-faults test-slow test-containers lint audit format docker-build docker-train
 
 help: ## list the targets
-	@awk 'BEGIN {FS = ":[^#]*## "} /^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
+	@awk 'BEGIN {FS = ":[^#]*## "} /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/.installed ## build .venv with the tested versions of constraints.txt
 
@@ -45,15 +45,26 @@ sweep: setup ## start a W&B sweep, e.g. make sweep SWEEP=conf/sweep/alpha.yaml
 	.venv/bin/wandb sweep $(SWEEP)
 
 test: setup ## run the tests but the slow ones, e.g. make test ARGS="-k strided"
-	.venv/bin/python -m pytest -m "not slow" $(ARGS)
+	.venv/bin/python -m pytest -m "not slow and not fuzz and not containers" $(ARGS)
+
+test-faults: setup ## break runs in every way there is a test for, and count what survived
+	.venv/bin/python -m pytest -m "faults or fuzz" $(ARGS)
 
 test-slow: setup ## run the slow tests
 	.venv/bin/python -m pytest -m slow $(ARGS)
+
+test-containers: setup ## check the Docker and Kubernetes files, build the image with buildah, run it with runc: root, some minutes
+	tests/containers/check
+	tests/containers/build
+	.venv/bin/python -m pytest -m containers $(ARGS)
 
 lint: setup ## check style and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+audit: ## look the tested versions up in the lists of known vulnerabilities
+	.ci/audit
 
 format: setup ## format, and mend what ruff can mend
 	.venv/bin/ruff check --fix .

@@ -42,6 +42,38 @@ def _log_as_before():
     log.level, log.propagate = level, propagate
 
 
+_faults: dict[str, list[int]] = {}  # what was done to runs → how often, and how often nothing was lost
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Count what the tests marked ``faults`` have tried: each once, or what it says under "tried"."""
+    properties = dict(report.user_properties)
+    if report.when == "call" and "fault" in properties and not report.skipped:
+        counts = _faults.setdefault(properties["fault"], [0, 0])
+        tried = properties.get("tried", 1)
+        counts[0] += tried
+        counts[1] += tried if report.passed else 0
+
+
+@pytest.fixture(autouse=True)
+def _name_the_fault(request, record_property):
+    marker = request.node.get_closest_marker("faults")
+    if marker is not None:
+        record_property("fault", marker.args[0])
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the table that `make test-faults` is for."""
+    if _faults:
+        terminalreporter.section("faults: what was done to runs, and what survived")
+        width = max(map(len, _faults))
+        terminalreporter.write_line(f"{'fault':{width}}  tried  nothing lost")
+        for what, (tried, survived) in sorted(_faults.items()):
+            terminalreporter.write_line(f"{what:{width}}  {tried:5}  {survived:12}")
+        tried, survived = (sum(counts) for counts in zip(*_faults.values(), strict=True))
+        terminalreporter.write_line(f"{'all':{width}}  {tried:5}  {survived:12}")
+
+
 @dataclass
 class Run:
     """What a training left behind."""

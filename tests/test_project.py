@@ -68,7 +68,9 @@ def test_demo_trains_anew_and_evaluates_that_run():
     ]
 
 
-@pytest.mark.parametrize("target", ["compare", "train", "evaluate", "explain", "report", "masks", "test", "test-slow"])
+@pytest.mark.parametrize(
+    "target", ["compare", "train", "evaluate", "explain", "report", "masks", "test", "test-slow", "test-containers"]
+)
 def test_arguments_reach_the_command(target):
     args = "model.attention=[strided,full] 'run_name=two words'"
     assert make("-n", target, f"ARGS={args}").rstrip().endswith(args)
@@ -101,8 +103,11 @@ def test_container_is_not_root_and_gets_its_signals():
     uid, gid = (int(defaults[name.strip("${}")]) for name in user.split(":"))
     assert uid > 0
     assert gid > 0
-    assert instructions("ENTRYPOINT") == ['["python", "train.py"]']
+    assert instructions("ENTRYPOINT") == ['["tini", "--", "python", "train.py"]']  # the exec form: no shell in between
     assert instructions("STOPSIGNAL") == ["SIGTERM"]
+    assert not instructions("HEALTHCHECK")
+    (packages,) = [line for line in instructions("RUN") if "apt-get install" in line]
+    assert " tini " in packages
 
 
 def test_image_declares_no_secret():
@@ -124,7 +129,14 @@ def test_compose_gives_gpus_and_shared_memory():
     (devices,) = service["deploy"]["resources"]["reservations"]["devices"]
     assert devices == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
     assert service["shm_size"] == "8gb"
-    assert service["init"] is True
+
+
+def test_compose_stops_as_the_image_does_and_gives_it_time_to_save():
+    service = train_service()
+    assert service["stop_signal"] == "SIGTERM"
+    assert service["stop_grace_period"] == "2m"
+    assert "init" not in service  # a second one would only warn that it is not process 1
+    assert not {"entrypoint", "command", "healthcheck", "restart"} & set(service)
 
 
 def test_compose_passes_the_key_by_name_and_mounts_what_the_image_leaves_writable():

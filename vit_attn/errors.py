@@ -5,7 +5,15 @@ from contextlib import contextmanager
 
 from vit_attn.attention.names import unknown_name
 
-__all__ = ["LostRankError", "UserError", "on_every_process", "one_line", "unknown_name", "user_errors"]
+__all__ = [
+    "LostRankError",
+    "RunInUseError",
+    "UserError",
+    "on_every_process",
+    "one_line",
+    "unknown_name",
+    "user_errors",
+]
 
 
 class UserError(Exception):
@@ -15,6 +23,12 @@ class UserError(Exception):
     everywhere = False  # all processes of a run meet it, so that the first one may speak for them
 
 
+class RunInUseError(UserError):
+    """Another process is at this run."""
+
+    status = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
 class LostRankError(UserError):
     """Another process of the run is gone; what was saved is whole.
 
@@ -22,7 +36,7 @@ class LostRankError(UserError):
         what: is known of it.
     """
 
-    status = 75  # EX_TEMPFAIL of sysexits.h: try again
+    status = RunInUseError.status
 
     def __init__(self, what: str) -> None:
         super().__init__(f"{what}; the same command goes on from the last checkpoint")

@@ -224,14 +224,17 @@ class Recorder(lightning.LightningModule):
             self.trainer.save_checkpoint(self.path)
 
     def configure_optimizers(self):
+        assert (
+            self.trainer.estimated_stepping_batches == 15
+        )  # makes the loader before Lightning knows of the checkpoint
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_fit_resumed_inside_an_epoch_sees_the_same_batches(tmp_path, workers):
-    def fit(module, start_batch=0, checkpoint=None):
+    def fit(module, start=(0, 0), checkpoint=None):
         data = Counted(image_size=9, cache_budget=0, num_workers=workers, batch_size=16)
-        data.start_batch = start_batch
+        data.start_epoch, data.start_batch = start
         quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
         trainer = lightning.Trainer(
             max_epochs=3, accelerator="cpu", use_distributed_sampler=False, **dict.fromkeys(quiet, False)
@@ -242,4 +245,4 @@ def test_fit_resumed_inside_an_epoch_sees_the_same_batches(tmp_path, workers):
     path = tmp_path / "a.ckpt"
     uninterrupted = fit(Recorder(save_at=8, path=path))  # 90 images: 5 batches per epoch
     assert len(uninterrupted) == 15
-    assert fit(Recorder(), start_batch=3, checkpoint=path) == uninterrupted[8:]
+    assert fit(Recorder(), start=(1, 3), checkpoint=path) == uninterrupted[8:]

@@ -7,7 +7,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vit_attn.config import plain, without_secrets
-from vit_attn.tracking.loggers import CsvLogger
+from vit_attn.errors import UserError
+from vit_attn.tracking.loggers import CsvLogger, tensorboard_logger
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 
@@ -63,10 +64,10 @@ def test_saving_replaces_the_file_in_one_move(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(csv.DictWriter, "writerows", fail)
-        with pytest.raises(OSError, match="disk full"):
-            logger.save()
+        with pytest.raises(UserError, match=r"metrics\.csv cannot be written: disk full; what it held is whole"):
+            logger.write()
     assert path.read_text() == before
-    logger.save()
+    logger.write()
     assert len(read_csv(path)) == 2
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.csv"]
 
@@ -95,6 +96,16 @@ def test_what_is_no_secret_stays_as_it_is(compose, monkeypatch):
 
 
 # TensorBoard
+
+
+def test_tensorboard_shows_a_step_that_is_done_again_once(tmp_path):
+    for steps, resume_step in ((range(5), -1), (range(3, 6), 2)):
+        logger = tensorboard_logger(tmp_path, "run", resume_step=resume_step)
+        for step in steps:
+            logger.log_metrics({"loss": float(step)}, step)
+        logger.finalize("success")
+    events = EventAccumulator(str(tmp_path / "logs" / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(step, step) for step in range(6)]
 
 
 def test_tensorboard_gets_scalars_and_pictures(train):

@@ -342,6 +342,17 @@ def test_a_failed_run_is_marked_and_so_is_one_that_nobody_ended(start, written):
     assert states == [1, 1, 0]
 
 
+def test_a_run_that_a_signal_has_stopped_is_marked_as_such_and_does_not_wait(start, written):
+    stopped, folder = start("stopped", finish_timeout=600)
+    began = time.perf_counter()
+    tracking.finish_loggers([stopped], failed=True, stopped=True)
+    assert time.perf_counter() - began < 15
+    assert len(written(folder / "logs").of("preempting")) == 1
+    failed, other = start("failed")
+    tracking.finish_loggers([failed], failed=True)
+    assert written(other / "logs").of("preempting") == []
+
+
 def test_the_same_run_folder_is_the_same_wandb_run(start):
     names = []
     for _ in range(2):
@@ -414,6 +425,7 @@ def core():
     return [int(line) for line in found.stdout.split()]
 
 
+@pytest.mark.faults("W&B dying amid a run")
 def test_training_goes_on_when_wandb_core_is_killed(start, said, written):
     logger, _ = start("killed")
     logger.log_metrics({"loss": 1.0}, 0)
@@ -438,6 +450,7 @@ def test_training_goes_on_when_wandb_core_is_killed(start, said, written):
     assert [row["loss"] for row in written(folder / "logs").history] == [2.0]
 
 
+@pytest.mark.faults("W&B hanging")
 def test_a_call_that_hangs_costs_the_caller_nothing():
     errors, made = [], []
     background = Background(errors.append)
@@ -466,6 +479,7 @@ def test_the_first_error_is_told_once_and_ends_the_calls():
     assert [type(error) for error in errors] == [SystemExit]
 
 
+@pytest.mark.faults("W&B unreachable")
 def test_where_wandb_cannot_start_at_all_there_is_a_logger_that_does_nothing(start, said, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("no space left on device")

@@ -87,6 +87,7 @@ def service(monkeypatch, start):
         stub.kill()
 
 
+@pytest.mark.faults("W&B dying amid a run")
 def test_a_server_that_dies_costs_a_run_nothing_and_the_rest_can_be_uploaded(
     service, train, no_pictures, said, tmp_path
 ):
@@ -128,6 +129,7 @@ def test_a_key_that_is_refused_makes_the_run_offline(service, start, said, writt
     check_offline(logger, folder, written, said, "403")
 
 
+@pytest.mark.faults("W&B hanging")
 def test_a_server_that_hangs_makes_the_run_offline(service, start, said, written, monkeypatch):
     monkeypatch.setattr("vit_attn.tracking.wandb._START_SECONDS", 2)
     service(hang=True)
@@ -137,6 +139,7 @@ def test_a_server_that_hangs_makes_the_run_offline(service, start, said, written
     check_offline(logger, folder, written, said, "cannot be started")
 
 
+@pytest.mark.faults("W&B unreachable")
 def test_a_server_that_is_not_there_makes_the_run_offline_at_once(service, start, said, written):
     service().kill()
     began = time.perf_counter()
@@ -160,6 +163,7 @@ def test_a_failed_online_run_is_marked_as_failed(service, start):
     assert run["exitcode"] == 1
 
 
+@pytest.mark.faults("W&B hanging")
 def test_a_server_that_hangs_at_the_end_is_not_waited_for(service, start, said):
     stub = service()
     logger, folder = start(mode="online", finish_timeout=2)
@@ -171,6 +175,7 @@ def test_a_server_that_hangs_at_the_end_is_not_waited_for(service, start, said):
     assert f"to upload the rest: wandb sync --include-online {folder / 'logs' / 'wandb'}" in said.text
 
 
+@pytest.mark.faults("W&B run of a run that goes on")
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_a_run_that_goes_on_is_one_run_there(service, start, mode, tmp_path):
     stub = service()

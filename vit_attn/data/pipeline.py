@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from vit_attn.data.augment import Augment, AugmentOptions, Normalize
 from vit_attn.data.checks import channel_values, choice, number, whole
@@ -56,8 +57,9 @@ class ImageData(LightningDataModule):
         class_names, num_classes, image_size (pixels per side), in_chans: known after :meth:`setup`.
         mean, std: per channel, of images in 0 to 1.
         num_skipped: split → number of broken images left out, for the splits loaded so far.
-        start_batch: batches that the next training loader leaves out of its first epoch, once. Set it before
-            ``fit`` to resume inside an epoch: Lightning starts the loader's workers before any hook runs.
+        start_epoch, start_batch: the epoch that the next training loader begins in, and the batches of it that it
+            leaves out, once. Set them before ``fit`` to resume: Lightning starts the loader's workers before it knows
+            where the run stood, and before any hook runs.
 
     Args:
         batch_size: training images per step and device.
@@ -129,7 +131,8 @@ class ImageData(LightningDataModule):
         AugmentOptions.of(self.augment_options)
         self.progress = progress
         self.num_skipped: dict[str, int] = {}
-        self.start_batch = 0
+        self.start_epoch = self.start_batch = 0
+        self._loaders: list[DataLoader] = []
         self._train: Images | None = None
         self._val: Images | None = None
         self._test: Images | None = None
@@ -236,10 +239,9 @@ class ImageData(LightningDataModule):
         """Shuffled batches of equal size; its ``sampler`` is a ``TrainBatches``."""
         assert self._train is not None, "setup('fit') comes first"
         batches = TrainBatches(len(self._train), self.batch_size, seed=self.seed, **self._place())
-        if self.trainer is not None:
-            # a resumed run's workers fetch their first batches before Lightning calls set_epoch
-            batches.set_epoch(self.trainer.current_epoch)
-        batches.start_batch, self.start_batch = self.start_batch, 0
+        batches.set_epoch(max(self.start_epoch, self.trainer.current_epoch if self.trainer is not None else 0))
+        batches.start_batch = self.start_batch
+        self.start_epoch = self.start_batch = 0
         return self._loader(self._train, batches)
 
     def val_dataloader(self) -> DataLoader:
@@ -261,7 +263,7 @@ class ImageData(LightningDataModule):
 
     def _loader(self, images: Images, batches: TrainBatches | EvalBatches) -> DataLoader:
         workers = self.num_workers if images.streams else 0
-        return DataLoader(
+        loader = DataLoader(
             images,
             sampler=batches,
             batch_size=None,  # the sampler's items are whole batches
@@ -271,6 +273,21 @@ class ImageData(LightningDataModule):
             worker_init_fn=_ignore_stop_signals,
             generator=torch.Generator(),  # the workers' seeds: not out of the training's global stream
         )
+        self._loaders.append(loader)
+        return loader
+
+    def teardown(self, stage: str | None = None) -> None:
+        """End the processes that read images: they hear no signal, so nobody else can."""
+        while self._loaders:
+            iterator = self._loaders.pop()._iterator
+            if isinstance(iterator, _MultiProcessingDataLoaderIter):
+                iterator._shutdown_workers()
+                for worker in iterator._workers:
+                    worker.kill()  # one that hangs in a read
+
+    def on_exception(self, exception: BaseException) -> None:
+        """The same, where a run fails."""
+        self.teardown()
 
     def _carve(self, train: Images) -> tuple[Images, Images]:
         counts = torch.bincount(train.labels, minlength=self.num_classes)

@@ -100,9 +100,16 @@ class CsvLogger(Logger):
                 raise
 
 
-def tensorboard_logger(folder: Path, run_name: str) -> TensorBoardLogger:
-    """Log to TensorBoard, in logs/tensorboard."""
-    return TensorBoardLogger(save_dir=folder / "logs", name="tensorboard", version="")
+def tensorboard_logger(folder: Path, run_name: str, *, resume_step: int = -1) -> TensorBoardLogger:
+    """Log to TensorBoard, in logs/tensorboard.
+
+    Args:
+        folder: of the run.
+        run_name: not needed: the folder has it.
+        resume_step: what comes after this step is about to be done again, and no longer shown.
+    """
+    purge = resume_step + 1 if resume_step >= 0 else None
+    return TensorBoardLogger(save_dir=folder / "logs", name="tensorboard", version="", purge_step=purge)
 
 
 @dataclass(frozen=True)

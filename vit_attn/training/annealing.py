@@ -67,3 +67,8 @@ class BestCheckpoint(ModelCheckpoint):
         """Whether the model as it is now is to be saved."""
         layers = attention_layers(trainer.lightning_module)
         return all(layer.alpha_has_arrived() for layer in layers) and super().check_monitor_top_k(trainer, current)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the score of the best one too, which Lightning writes but does not read."""
+        super().load_state_dict(state_dict)
+        self.current_score = state_dict.get("current_score")

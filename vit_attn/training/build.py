@@ -1,5 +1,6 @@
 """Objects from their configuration: network, data, loss, module, callbacks, loggers, Trainer."""
 
+import inspect
 from typing import Any
 
 import hydra.utils
@@ -168,6 +169,10 @@ def _loggers(config: DictConfig, folder: RunFolder, resumed: dict[str, Any] | No
     step = resumed["global_step"] - 1 if resumed is not None else -1
     loggers: list[Logger] = [CsvLogger(folder.logs / "metrics.csv", resume_step=step)]
     if config.logger.get("_target_") and is_first_process():
-        given = {"tags": [*config.logger.tags, *run_tags(plain(config))]} if "tags" in config.logger else {}
+        given: dict[str, Any] = {}
+        if "tags" in config.logger:
+            given["tags"] = [*config.logger.tags, *run_tags(plain(config))]
+        if "resume_step" in inspect.signature(hydra.utils.get_method(config.logger["_target_"])).parameters:
+            given["resume_step"] = step
         loggers.append(instantiate("logger", config.logger, folder=folder.root, run_name=str(config.run_name), **given))
     return loggers

@@ -42,7 +42,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with whole_file(path, "wb", keep=previous if path.name == LAST else None) as file:
                 _write(checkpoint, file)
         except OSError as error:
-            kept = next((place for place in (path, previous) if place.exists()), None)
+            kept = next((place for place in (path.with_name(LAST), previous) if place.exists()), None)
             state = f"{kept}, written before, is whole" if kept else "none was written before"
             raise UserError(
                 f"checkpoint {path} cannot be written: {one_line(error.strerror or error)}; {state}. "

@@ -5,14 +5,11 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
-from vit_attn.attention import attention_layers
-
 
 class ResumableEarlyStopping(EarlyStopping):
     """Lightning's ``EarlyStopping``, whose decision to stop is kept in the checkpoint.
 
-    Lightning forgets it: a run killed between its last checkpoint and its end would train an epoch more. And epochs
-    whose α is still on its way are not counted: no checkpoint of theirs can be the best.
+    Lightning forgets it: a run killed between its last checkpoint and its end would train an epoch more.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -23,9 +20,8 @@ class ResumableEarlyStopping(EarlyStopping):
         trainer.should_stop = trainer.should_stop or self._stopped
 
     def _run_early_stopping_check(self, trainer: Trainer) -> None:
-        if all(layer.alpha_has_arrived() for layer in attention_layers(trainer.lightning_module)):
-            super()._run_early_stopping_check(trainer)
-            self._stopped = trainer.should_stop
+        super()._run_early_stopping_check(trainer)
+        self._stopped = trainer.should_stop
 
     def state_dict(self) -> dict[str, Any]:
         """Lightning's, and whether the run has stopped."""

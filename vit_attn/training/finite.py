@@ -80,19 +80,21 @@ class FiniteGuard(Callback):
             return
         batches = self._batches[: len(self._losses)]
         seen = torch.stack([torch.stack(self._losses), torch.stack(self._norms[: len(batches)]).float()], 1)
-        good = seen.isfinite().all(1)
-        if trainer.world_size > 1:
-            worst = good.int()
-            distributed.all_reduce(worst, op=distributed.ReduceOp.MIN)
-            good = worst.bool()
+        good = seen.isfinite().int()
+        if trainer.world_size > 1:  # a bad loss of one is a bad gradient of all: they must see the same
+            distributed.all_reduce(good, op=distributed.ReduceOp.MIN)
         if not good.all():
-            first = int((~good).nonzero()[0])
+            first = int((good.amin(1) == 0).nonzero()[0])
             step, epoch, batch = batches[first]
-            loss, norm = seen[first].tolist()
-            values = {"loss": loss, "gradient": norm}
-            found = [f"the {name} is {value}" for name, value in values.items() if not torch.tensor(value).isfinite()]
-            what = found[0] if found else "the loss is not finite on another rank"
-            window = batch % trainer.accumulate_grad_batches if what.startswith("the gradient") else 0
-            raise NotFiniteError(what, step=step, epoch=epoch, batches=range(batch - window, batch + 1))
+            which = 0 if not good[first, 0] else 1
+            value = seen[first, which]
+            is_what = "not finite on another rank" if value.isfinite() else f"{value.item()}"
+            window = batch % trainer.accumulate_grad_batches if which else 0
+            raise NotFiniteError(
+                f"the {('loss', 'gradient')[which]} is {is_what}",
+                step=step,
+                epoch=epoch,
+                batches=range(batch - window, batch + 1),
+            )
         self._batches = self._batches[len(batches) :]
         self._losses, self._norms = [], []

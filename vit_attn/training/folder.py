@@ -18,10 +18,11 @@ from yaml import YAMLError
 
 from vit_attn.config import differences, plain, without_secrets
 from vit_attn.console import is_first_process, write_log_to
-from vit_attn.errors import UserError, one_line
+from vit_attn.errors import RunInUseError, UserError, one_line
 from vit_attn.files import whole_file
 from vit_attn.training.checkpoint import BEST, LAST, PREVIOUS, newest
 
+_ORPHANS_SECONDS = 15
 # Beside the runs of an experiment: what vit_attn.report writes.
 REPORT = "report"
 
@@ -89,7 +90,8 @@ class RunFolder:
         """Own the folder: two processes that write one run would spoil it. The lock of a dead process is free.
 
         Raises:
-            UserError: the run is going on elsewhere, or the folder cannot be written.
+            RunInUseError: the run is going on elsewhere.
+            UserError: the folder cannot be written.
         """
         if not is_first_process():
             yield  # the first process of the run has the lock, for all of them
@@ -97,9 +99,10 @@ class RunFolder:
         lock = FileLock(self.root / ".lock")
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
+            # Processes that read images for a dead owner hold its lock until they see that it is gone.
+            lock.acquire(timeout=_ORPHANS_SECONDS if self._owner_is_dead() else 0)
         except Timeout as error:
-            raise UserError(f"{self.root}: this run is going on already{self._owner()}") from error
+            raise RunInUseError(f"{self.root}: this run is going on already{self._owner()}") from error
         except OSError as error:
             raise self._unwritable(error) from error
         try:
@@ -107,12 +110,26 @@ class RunFolder:
         finally:
             lock.release()
 
-    def _owner(self) -> str:
+    def _last_owner(self) -> dict[str, Any] | None:
         try:
             status = json.loads(self.status.read_text())
-            return f", in process {status['pid']} on {status['host']} since {status['since']}"
+            return {"pid": int(status["pid"]), "host": status["host"], "since": status["since"]}
         except (OSError, ValueError, KeyError, TypeError):
-            return ""
+            return None
+
+    def _owner(self) -> str:
+        owner = self._last_owner()
+        return f", in process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else ""
+
+    def _owner_is_dead(self) -> bool:
+        owner = self._last_owner()
+        if owner is None or owner["host"] != socket.gethostname():
+            return False
+        try:
+            os.kill(owner["pid"], 0)
+        except OSError as error:
+            return isinstance(error, ProcessLookupError)
+        return False
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(f"the run folder {self.root} cannot be written: {one_line(error.strerror or error)}")

@@ -64,9 +64,14 @@ class Ranks:
         self._over.set()
         if self._thread.is_alive():
             self._thread.join()
-        lost = self.lost() if kind is not None else None
+        lost = self.lost()
+        end = time.monotonic() + _FAILED_SECONDS
+        # The connection to a process that dies is closed a moment before the process is dead.
+        while lost is None and error is not None and is_loss(error) and self._processes and time.monotonic() < end:
+            time.sleep(_LOOK_SECONDS)
+            lost = self.lost()
         self._end(_END_SECONDS if kind is None else _FAILED_SECONDS)
-        if lost is not None and isinstance(error, LostRankError):
+        if lost is not None and error is not None and is_loss(error):
             raise lost from error
 
     def lost(self) -> LostRankError | None:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
-from torch import nn
+from torch import distributed, nn
 
 from vit_attn.attention import attention_layers
 from vit_attn.config import plain, without_secrets
@@ -128,7 +128,6 @@ def _resume(folder: RunFolder, data: ImageData) -> dict[str, Any] | None:
         return None
     path, resumed = found
     check_same_data(resumed["vit_attn"]["data"], data.describe())
-    log.info("resuming from %s at step %d", path, resumed["global_step"])
     return resumed | {"path": path}
 
 
@@ -154,6 +153,8 @@ def _leave_out(config: DictConfig, folder: RunFolder, error: NotFiniteError) -> 
     log.warning("rewind     %s: left out from now on; %s", error, state)
     new = [{"epoch": error.epoch, "batch": batch, "step": error.step, "why": str(error)} for batch in error.batches]
     folder.skip(skipped + new)
+    if distributed.is_initialized():
+        distributed.barrier()  # the others read what the first has written
 
 
 def _run(
@@ -178,7 +179,8 @@ def _run(
     try:
         log_config(trainer.loggers, without_secrets(plain(config)), _facts(data, net, cost))
         if resumed is not None:
-            _resume_inside_epoch(resumed, data)
+            _place_data(resumed, data)
+            log.info("resuming from %s at step %d", resumed["path"], resumed["global_step"])
         path = resumed["path"] if resumed is not None else None
         trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
         module.net = whole_net(module.net)  # one process draws and explains, alone
@@ -231,9 +233,11 @@ def _facts(data: ImageData, net: Any, cost: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _resume_inside_epoch(checkpoint: dict[str, Any], data: ImageData) -> None:
-    """Leave out the batches of the current epoch that the checkpoint has seen."""
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+def _place_data(checkpoint: dict[str, Any], data: ImageData) -> None:
+    """Let the data begin where the checkpoint has stopped."""
+    loops = checkpoint["loops"]["fit_loop"]
+    data.start_epoch = loops["epoch_progress"]["current"]["processed"]
+    progress = loops["epoch_loop.batch_progress"]
     if not progress["is_last_batch"]:
         data.start_batch = progress["current"]["processed"]
 
