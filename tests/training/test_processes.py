@@ -14,10 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
+from vit_attn.attention import attention_layers
 from vit_attn.config import differences, plain
 from vit_attn.errors import LostRankError, UserError
+from vit_attn.models import create_vit
 from vit_attn.training.launcher import OneRun, follow_launcher, names_to_pass_on
+from vit_attn.training.sharding import parts_of, shard, whole_net
 
 ROOT = Path(__file__).parent.parent.parent
 TRAIN, EVALUATE = ([sys.executable, str(ROOT / f"{name}.py")] for name in ("train", "evaluate"))
@@ -281,7 +286,60 @@ def test_lightnings_processes_take_the_name_that_the_first_one_read_off_the_cloc
     assert folder.name.startswith("it's_")
 
 
-# Without starting any process
+# In this process alone
+
+
+@pytest.fixture
+def alone():
+    """A group of one process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_sharded_net_computes_and_comes_together_as_it_was(alone):
+    net = create_vit(
+        "vit_tiny_patch16_224",
+        attention="entmax",
+        attention_options={"anneal_alpha_from": 1.1},
+        **{"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3},
+        pos_embed="sinusoidal",
+    ).eval()
+    assert whole_net(net) is net
+    images, state = torch.rand(4, 3, 8, 8), {name: value.clone() for name, value in net.state_dict().items()}
+    logits = net(images)
+    shard(net, alone)
+    attention_layers(net)[1].anneal_alpha(0.5)
+    state["blocks.1.attn.annealed_alpha"] = attention_layers(net)[1].alpha.clone()
+    assert all(isinstance(parameter, DTensor) for parameter in net.parameters())
+    together = whole_net(net)
+    assert not any(isinstance(parameter, DTensor) for parameter in together.parameters())
+    assert not together.training
+    found = together.state_dict()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+    assert not together.pos_embed.requires_grad
+    torch.testing.assert_close(together(images), net(images))
+    assert not torch.allclose(net(images), logits), "another α"
+
+    changed = {name: value + 1 for name, value in state.items()}
+    net.load_state_dict(parts_of(changed, net))
+    found = whole_net(net).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in changed.items())
+
+
+def test_best_weights_are_validated_and_not_the_last_average(train, no_pictures):
+    """A great learning rate, so that the last epoch is not the best one."""
+    settings = ("callbacks.ema.enabled=true", "callbacks.ema.decay=0.5", "trainer.max_epochs=4", "optimizer.lr=0.03")
+    done = train(*settings, "trainer.limit_train_batches=6", "test=false")
+    rows = [row for row in read_rows(done.root).values() if "val/acc" in row]
+    accuracies = [float(row["val/acc"]) for row in rows]
+    best = accuracies.index(max(accuracies))
+    losses = [float(row["val/loss"]) for row in rows]
+    assert len(set(losses)) == 4
+    assert done.results["best_epoch"] == best + 1
+    assert best != 3, "the last average is the best one: this shows nothing"
+    assert done.results["val"]["loss"] == pytest.approx(losses[best], abs=1e-6)
 
 
 @pytest.fixture
