@@ -21,6 +21,7 @@ from vit_attn.attention import attention_layers
 from vit_attn.config import differences, plain
 from vit_attn.errors import LostRankError, UserError
 from vit_attn.models import create_vit
+from vit_attn.training.check import check_config
 from vit_attn.training.launcher import OneRun, follow_launcher, names_to_pass_on
 from vit_attn.training.sharding import parts_of, shard, whole_net
 
@@ -380,6 +381,12 @@ def test_a_folder_named_by_the_clock_is_refused_where_processes_cannot_agree(com
     torchrun_started(here=2, everywhere=2)
     with pytest.raises(UserError, match=r"^experiment_name=\$\{now:%Y\}: every process"):
         follow_launcher(config)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp_spawn", "deepspeed", 3])
+def test_strategies_that_would_not_resume_are_refused(compose, strategy):
+    with pytest.raises(UserError, match=r"trainer\.strategy.*(ddp|fsdp2)"):
+        check_config(compose("trainer=ddp_cpu", f"trainer.strategy={strategy}"))
 
 
 @pytest.mark.parametrize(
