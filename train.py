@@ -24,6 +24,7 @@ from vit_attn.console import explain, run_command
 from vit_attn.errors import UserError, one_line
 from vit_attn.outcomes import crashes, mistakes
 from vit_attn.slurm import let_first_rank_end
+from vit_attn.training.launcher import launched_from_outside, names_to_pass_on
 from vit_attn.training.run import train
 from vit_attn.training.stopping import Stopped
 
@@ -36,7 +37,7 @@ def job(config: DictConfig) -> Exception | None:
     global composed
     composed = True
     # Lightning starts the other processes of a run by repeating the command line: give it that of this job alone.
-    sys.argv = [sys.argv[0], *HydraConfig.get().overrides.task, "hydra.mode=RUN"]
+    sys.argv = [sys.argv[0], *HydraConfig.get().overrides.task, *names_to_pass_on(config), "hydra.mode=RUN"]
     environment = dict(os.environ)
     try:
         _check_launcher()
@@ -57,7 +58,8 @@ def job(config: DictConfig) -> Exception | None:
         return error
     finally:
         # Lightning leaves its process group, and the variables that say it has been launched, to the next job.
-        if torch.distributed.is_initialized():
+        # Processes from outside are those of the next job too; torch would look for them where they were in this one.
+        if torch.distributed.is_initialized() and not launched_from_outside():
             torch.distributed.destroy_process_group()
         os.environ.clear()
         os.environ.update(environment)
@@ -83,10 +85,14 @@ def main() -> None:
         if composed or isinstance(error, HydraException | OmegaConfBaseException | UserError):
             raise
         raise UserError(f"the configuration cannot be composed: {type(error).__name__}: {one_line(error)}") from error
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     if mistakes:
         whole = UserError("; ".join(dict.fromkeys(map(str, mistakes))))
         # One that trying again may mend makes the whole worth a try.
         whole.status = max(mistake.status for mistake in mistakes)
+        whole.everywhere = all(mistake.everywhere for mistake in mistakes)
         raise whole
     if crashes:
         sys.exit(f"error: {len(crashes)} of the runs crashed; what they said is above, and the report names them")

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -59,13 +60,26 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """List what would make ``new`` another run than ``old``: "key: old → new"."""
+    """List what would make ``new`` another run than ``old``: "key: old → new".
+
+    The same global batch may be shared by another number of processes.
+    """
     before, after = identity(old), identity(new)
+    may_change = {*_MAY_CHANGE}
+    if None is not _global_batch(before) == _global_batch(after):
+        may_change.add("data.batch_size")
     return [
         f"{key}: {before.get(key)} → {after.get(key)}"
-        for key in sorted({*before, *after} - set(_MAY_CHANGE))
+        for key in sorted({*before, *after} - may_change)
         if before.get(key) != after.get(key) and before.get(key) != _HIDDEN
     ]
+
+
+def _global_batch(leaves: dict[str, Any]) -> int | None:
+    """Images that all processes together take at a time; None where "auto" leaves their number open."""
+    sizes = [leaves.get(key) for key in ("data.batch_size", "trainer.devices", "trainer.num_nodes")]
+    known = [size for size in sizes if isinstance(size, int)]
+    return prod(known) if len(known) == len(sizes) else None
 
 
 def without_secrets(config: Any, key: str = "") -> Any:

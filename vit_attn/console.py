@@ -152,7 +152,8 @@ def run_command(command: Callable[[], object], *, resumes: bool = True) -> int:
             _print_error(str(error))
         return error.status
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        _print_error(explain(error))
+        if is_first_process() or not getattr(error, "everywhere", True):
+            _print_error(explain(error))
         return getattr(error, "status", UserError.status)
     except Stopped as stop:
         print(stop, file=sys.stderr)

@@ -5,13 +5,23 @@ from contextlib import contextmanager
 
 from vit_attn.attention.names import unknown_name
 
-__all__ = ["LostRankError", "RunInUseError", "UserError", "one_line", "printable", "unknown_name", "user_errors"]
+__all__ = [
+    "LostRankError",
+    "RunInUseError",
+    "UserError",
+    "on_every_process",
+    "one_line",
+    "printable",
+    "unknown_name",
+    "user_errors",
+]
 
 
 class UserError(Exception):
     """A mistake of the user or of their machine: shown as one line, no traceback."""
 
     status = 2  # of the process that ends of it: trying again will not mend it
+    everywhere = False  # all processes of a run meet it, so that the first one may speak for them
 
 
 class RunInUseError(UserError):
@@ -44,6 +54,16 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+@contextmanager
+def on_every_process() -> Iterator[None]:
+    """What is wrong within this block is wrong on every process of a run."""
+    try:
+        yield
+    except UserError as error:
+        error.everywhere = True
+        raise
 
 
 @contextmanager

@@ -78,6 +78,32 @@ def test_all_randomness_is_torchs_global_seed(batch, options):
     assert first[0].shape == batch[0].shape
 
 
+@pytest.mark.parametrize("options", RECIPES, ids=str)
+def test_each_processs_share_comes_out_as_it_does_in_the_whole_batch(batch, options, monkeypatch):
+    module = augment(**options, group_size=5)  # groups that reach over the ends of the shares
+    torch.manual_seed(3)
+    images, targets = module(*batch)
+    told, now = {}, {}
+
+    def all_gather(found, mine):
+        now["call"] += 1
+        told[now["call"], now["rank"]] = mine.clone()
+        for rank, place in enumerate(found):
+            place.copy_(told.get((now["call"], rank), mine))
+
+    monkeypatch.setattr("torch.distributed.all_gather", all_gather)
+    for _ in range(2):  # in the first round, each process only tells the others
+        shares = []
+        for rank in range(3):
+            now |= {"rank": rank, "call": 0}
+            torch.manual_seed(3)
+            share = slice(8 * rank, 8 * rank + 8)
+            shares.append(module(batch[0][share], batch[1][share], rank=rank, world_size=3))
+    assert torch.equal(torch.cat([share[0] for share in shares]), images)
+    torch.testing.assert_close(torch.cat([share[1] for share in shares]), targets)
+    assert not torch.equal(images, batch[0])
+
+
 def test_input_is_left_as_it_was(batch):
     before = batch[0].clone(), batch[1].clone()
     augment(crop="pad", flip=True, policy="rand_augment", erasing=0.5, mixup=0.5, cutmix=0.5)(*batch)

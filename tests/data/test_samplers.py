@@ -1,5 +1,7 @@
 """Order of batches: a function of seed, epoch and rank; every image where it belongs."""
 
+import itertools
+
 import pytest
 
 from vit_attn.data.samplers import EvalBatches, TrainBatches
@@ -67,3 +69,20 @@ def test_evaluation_covers_each_image_once(num_images, world_size):
     seen = [index for rank in ranks for batch in rank for index in batch]
     assert sorted(seen) == list(range(num_images))
     assert all(len(list(rank)) == len(rank) for rank in ranks)
+
+
+def test_every_rank_evaluates_as_many_batches_and_none_is_empty():
+    for num_images, batch_size, world_size in itertools.product(range(1, 40), range(1, 7), range(1, 6)):
+        if num_images < world_size:
+            continue
+        place = {"world_size": world_size}
+        ranks = [list(EvalBatches(num_images, batch_size, rank=rank, **place)) for rank in range(world_size)]
+        assert len({len(batches) for batches in ranks}) == 1
+        sizes = [len(batch) for batches in ranks for batch in batches]
+        assert min(sizes) >= 1
+        assert max(sizes) <= max(2, batch_size)
+        assert sorted(index for batches in ranks for batch in batches for index in batch) == list(range(num_images))
+
+
+def test_one_process_evaluates_full_batches_and_a_rest():
+    assert [len(batch) for batch in EvalBatches(11, 4)] == [4, 4, 3]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
@@ -114,12 +114,16 @@ class Augment(nn.Module):
         self._mix = _mixing(self.options, num_classes)
 
     @torch.no_grad()
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Augment one batch.
+    def forward(self, images: Tensor, labels: Tensor, *, rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor]:
+        """Augment one batch, or one process' share of it.
+
+        Several processes draw for the whole global batch, from the same seed, so that each image comes out as it does
+        where one process has them all.
 
         Args:
-            images: uint8 (B, C, H, W).
+            images: uint8 (B, C, H, W): the ``rank``-th share of the global batch of B · ``world_size``.
             labels: int64 (B,).
+            rank, world_size: of the processes that share the batch; all of them call this.
 
         Returns:
             images (B, C, H, W) in 0 to 255, uint8, or float32 where mixup blends them; and the targets:
@@ -128,27 +132,56 @@ class Augment(nn.Module):
         if not self.training:
             return images, labels
         if self.options.crop == "pad" and self.options.crop_padding:
-            images = pad_crop(images, self.options.crop_padding)
+            images = pad_crop(images, self.options.crop_padding, rank=rank, world_size=world_size)
         if self.options.flip:
-            images = flip(images)
+            images = flip(images, rank=rank, world_size=world_size)
         if self._grouped is not None:
-            # torchvision draws once per call, so that a call on the batch would treat all images alike
-            groups = images.split(self.options.group_size)
-            images = torch.cat([self._grouped(group) for group in groups])
+            images = self._by_groups(images, rank, world_size)
         if self._mix is not None:
             if self.options.mixup:
                 images = images.float()  # v2.MixUp multiplies in place, which uint8 cannot hold
-            images, labels = self._mix(images, labels)
+            if world_size == 1:
+                return self._mix(images, labels)
+            # An image is mixed with the one before it, which for the first one another process has.
+            parts = [_with_the_one_before(part, rank, world_size) for part in (images, labels)]
+            images, labels = (part[1:] for part in self._mix(*parts))
         return images, labels
 
+    def _by_groups(self, images: Tensor, rank: int, world_size: int) -> Tensor:
+        """Treat each group alike: torchvision draws once per call, so it is called once per group.
 
-def pad_crop(images: Tensor, padding: int) -> Tensor:
+        A group has a seed of its own, for a process may have no part in those before it.
+        """
+        assert self._grouped is not None
+        size, first = self.options.group_size, rank * len(images)
+        seeds = torch.randint(2**63 - 1, (-(-len(images) * world_size // size),)).tolist()
+        treated = []
+        with torch.random.fork_rng(devices=[]):
+            start = 0
+            while start < len(images):
+                group = (first + start) // size
+                end = min((group + 1) * size - first, len(images))
+                torch.default_generator.manual_seed(seeds[group])
+                treated.append(self._grouped(images[start:end]))
+                start = end
+        return torch.cat(treated)
+
+
+def _with_the_one_before(part: Tensor, rank: int, world_size: int) -> Tensor:
+    """(B, …) → (1 + B, …): the last of the rank before, round in a ring, comes first."""
+    last = part[-1:].contiguous()
+    found = [torch.empty_like(last) for _ in range(world_size)]
+    distributed.all_gather(found, last)
+    return torch.cat([found[rank - 1], part])
+
+
+def pad_crop(images: Tensor, padding: int, *, rank: int = 0, world_size: int = 1) -> Tensor:
     """A window of (H, W) at its own random place of each zero-padded image. (B, C, H, W) → (B, C, H, W)."""
     B, C, H, W = images.shape
     padded = F.pad(images, [padding] * 4)
-    places = torch.randint(2 * padding + 1, (2, B, 1, 1))
+    places = torch.randint(2 * padding + 1, (2, B * world_size, 1, 1)).narrow(1, rank * B, B)
     if _one_by_one(images):
-        corners = places.view(2, B).T.tolist()
+        corners = places.reshape(2, B).T.tolist()
         return torch.stack([i[:, y : y + H, x : x + W] for i, (y, x) in zip(padded, corners, strict=True)])
     top, left = places.to(images.device)  # each (B, 1, 1)
     y = top + torch.arange(H, device=images.device)[:, None]  # (B, H, 1)
@@ -157,9 +190,10 @@ def pad_crop(images: Tensor, padding: int) -> Tensor:
     return padded.flatten(2).gather(2, pixel.expand(B, C, H * W)).view(B, C, H, W)
 
 
-def flip(images: Tensor) -> Tensor:
+def flip(images: Tensor, *, rank: int = 0, world_size: int = 1) -> Tensor:
     """Each image mirrored left to right with probability 1/2. (B, C, H, W) → (B, C, H, W)."""
-    mirrored = (torch.rand(len(images)) < 0.5).nonzero().flatten()
+    B = len(images)
+    mirrored = (torch.rand(B * world_size).narrow(0, rank * B, B) < 0.5).nonzero().flatten()
     if _one_by_one(images):
         images = images.clone()
         for index in mirrored.tolist():

@@ -52,9 +52,12 @@ class TrainBatches(Sampler[list[int]]):
 class EvalBatches(Sampler[list[int]]):
     """Batches in order; rank r takes every ``world_size``-th image. None is dropped, none is repeated.
 
+    Every rank has the same number of batches, none of them empty: ranks that compute a sharded model wait for one
+    another in each. So the last one may be smaller, or, where ``batch_size`` is 1, larger by one.
+
     Args:
         num_images: images in the set.
-        batch_size: images per batch and rank; the last batch may be smaller.
+        batch_size: images per batch and rank.
 
     Raises:
         UserError: fewer images than ranks.
@@ -64,13 +67,18 @@ class EvalBatches(Sampler[list[int]]):
         _check_enough(num_images, world_size, "evaluation")
         self.indices = range(rank, num_images, world_size)
         self.batch_size = batch_size
+        most, fewest = -(-num_images // world_size), num_images // world_size  # images of a rank
+        self.batches = min(-(-most // batch_size), fewest)
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
+        return self.batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        for start in range(0, len(self.indices), self.batch_size):
-            yield list(self.indices[start : start + self.batch_size])
+        start = 0
+        for later in reversed(range(self.batches)):  # batches that still come, each of which needs an image
+            end = min(start + self.batch_size, len(self.indices) - later) if later else len(self.indices)
+            yield list(self.indices[start:end])
+            start = end
 
 
 def _check_enough(num_images: int, world_size: int, kind: str) -> None:

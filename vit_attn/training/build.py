@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
@@ -25,6 +25,7 @@ from vit_attn.training.callbacks import EpochLines, Throughput
 from vit_attn.training.checkpoint import AtomicCheckpointIO
 from vit_attn.training.finite import FiniteGuard
 from vit_attn.training.folder import RunFolder
+from vit_attn.training.launcher import OneRun
 from vit_attn.training.module import Classifier
 from vit_attn.training.saving import LastCheckpoint
 from vit_attn.training.stopping import StopSignals
@@ -182,6 +183,7 @@ def build_trainer(
     )
     bar = shows_progress_bar() and bool(config.trainer.enable_progress_bar)
     callbacks = [
+        OneRun(folder.root, resumed["global_step"] if resumed is not None else None),
         *build_callbacks(config, folder),
         guard,
         Throughput(),
@@ -193,7 +195,7 @@ def build_trainer(
         last,
     ]
     plugins: list[Any] = [AtomicCheckpointIO()]
-    if SLURMEnvironment.detect():
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # it would save at any moment, in a place of its own
     return build_plain_trainer(
         config,

@@ -17,6 +17,7 @@ from vit_attn.errors import UserError
 from vit_attn.explain.probe import default_layers, look, write_panels
 from vit_attn.tracking.loggers import log_pictures
 from vit_attn.training.module import Classifier
+from vit_attn.training.sharding import whole_net
 
 log = logging.getLogger("vit_attn")
 
@@ -125,17 +126,19 @@ class AttentionProbe(Callback):
             raise UserError(f"callbacks.attention_probe.layers: there is no layer {wrong[0]} in 0 … {depth - 1}")
 
     # Before on_validation_epoch_end of the EMA callback, which takes the averaged weights away again.
-    @rank_zero_only
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
         epoch = trainer.current_epoch + 1
         draw = epoch % self.pictures_every == 0
         # After the fit, the best weights are validated once more: that is no epoch.
-        if trainer.state.fn != TrainerFn.FITTING or not (draw or epoch % self.every == 0):
-            return
+        if trainer.state.fn == TrainerFn.FITTING and (draw or epoch % self.every == 0):
+            self._look(trainer, pl_module, whole_net(pl_module.net), epoch=epoch, draw=draw)
+
+    @rank_zero_only
+    def _look(self, trainer: Trainer, pl_module: Classifier, net: nn.Module, *, epoch: int, draw: bool) -> None:
         images, _ = trainer.datamodule.sample("val", self.num_images)  # type: ignore[attr-defined]
-        layers = self.layers if self.layers is not None else default_layers(pl_module.net)
-        seen = look(pl_module.net, pl_module.normalize, images, layers=layers if draw else [])
+        layers = self.layers if self.layers is not None else default_layers(net)
+        seen = look(net, pl_module.normalize, images, layers=layers if draw else [])
         pl_module.log_dict(seen.metrics(), rank_zero_only=True)
         if draw:
             names = {"note": f"epoch {epoch}", "suffix": f"_epoch_{epoch:04d}"}

@@ -64,6 +64,8 @@ _NEEDED = (
     *("callbacks.checkpoint_every_n_minutes", "data._target_", "data.batch_size", "data.num_workers"),
 )
 _MONITORS = ("val/acc", "val/loss", "train/acc", "train/loss")
+# Others lose the count of steps, as those that spawn, or keep checkpoints and optimizers in ways of their own.
+_STRATEGIES = ("auto", "ddp", "fsdp2")
 _SHOWN = ("experiment", "run_name", "logger")
 _SCHEDULE = ("warmup", "final_lr")
 
@@ -197,6 +199,8 @@ def check_config(config: DictConfig) -> None:
     stopping = config.callbacks.early_stopping
     if stopping.enabled and stopping.monitor not in _MONITORS:
         raise UserError(unknown_name("callbacks.early_stopping.monitor", stopping.monitor, _MONITORS))
+    if config.trainer.strategy not in _STRATEGIES:
+        raise UserError(unknown_name("trainer.strategy", str(config.trainer.strategy), _STRATEGIES))
     if config.trainer.on_nan not in ON_NAN:
         raise UserError(unknown_name("trainer.on_nan", str(config.trainer.on_nan), ON_NAN))
     build_loss(config.loss)

@@ -8,6 +8,7 @@ import hydra.utils
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf import DictConfig
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
@@ -21,13 +22,20 @@ from torchmetrics.classification import (
 )
 
 from vit_attn.errors import UserError, one_line
+from vit_attn.training.sharding import ShardedStrategy, is_sharded, shard
 
 CALIBRATION_BINS = 15
 
 
-def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
-    """Seed of everything random in one training step: a function of these four alone, so a resumed run repeats it."""
-    high, low = np.random.SeedSequence((seed, epoch, step, rank)).generate_state(2)
+def step_seed(seed: int, epoch: int, step: int, stream: int) -> int:
+    """Seed of what is random in one training step: a function of these four alone, so a resumed run repeats it.
+
+    Args:
+        seed: of the run.
+        epoch, step: from 0; the step of the epoch.
+        stream: 0 for what all processes draw alike, 1 + rank for what each draws for itself.
+    """
+    high, low = np.random.SeedSequence((seed, epoch, step, stream)).generate_state(2)
     return int(high) << 32 | int(low)
 
 
@@ -115,6 +123,8 @@ class Classifier(LightningModule):
         self.extra = dict(extra or {})
         self.left_out: Container[tuple[int, int]] = ()  # (epoch, batch) whose images are not trained on
         self._learned_something = False  # in the batches since the last step
+        # Lightning's own mean over ranks rounds the number of images down, where they have unequal ones.
+        self.val_loss = MeanMetric()
         self.val_acc = MulticlassAccuracy(num_classes, average="micro")
         self.val_ece = _calibration_error(num_classes)
         scores: dict[str, Any] = {
@@ -130,6 +140,13 @@ class Classifier(LightningModule):
         self.calibration: tuple[Tensor, ...] = ()  # of each test image: confidence, and whether it was right
         self.test_results: dict[str, Any] = {}
 
+    def configure_model(self) -> None:
+        """Share the network out over the processes, where the strategy is to."""
+        strategy = self.trainer.strategy
+        fits = self.trainer.state.fn == TrainerFn.FITTING
+        if fits and isinstance(strategy, ShardedStrategy) and not is_sharded(self.net):
+            shard(self.net, strategy.device_mesh["data_parallel"])
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of raw images (B, C, H, W)."""
         return self.net(self.normalize(images))
@@ -141,8 +158,12 @@ class Classifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Mean loss of one batch, augmented here, on the training device."""
         assert self.augment is not None
-        torch.manual_seed(step_seed(self.seed, self.current_epoch, batch_idx, self.global_rank))
-        images, targets = self.augment(*batch)
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        # One stream of draws for the whole global batch, so that it is augmented alike by any number of processes.
+        torch.manual_seed(step_seed(self.seed, self.current_epoch, batch_idx, 0))
+        images, targets = self.augment(*batch, rank=rank, world_size=world_size)
+        if world_size > 1:  # dropout is each process' own
+            torch.manual_seed(step_seed(self.seed, self.current_epoch, batch_idx, 1 + rank))
         if (self.current_epoch, batch_idx) in self.left_out:
             # Through the network all the same: several ranks count on each other's passes. Their gradient is zero.
             return self(torch.zeros_like(images)).sum() * 0
@@ -151,9 +172,9 @@ class Classifier(LightningModule):
         loss = self.criterion(logits, targets)
         if self._loggers_listen():
             classes = targets if targets.dim() == 1 else targets.argmax(1)
-            self.log("train/loss", loss.detach(), prog_bar=True)
+            self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
             self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-            self.log("train/acc", (logits.detach().argmax(1) == classes).float().mean())
+            self.log("train/acc", (logits.detach().argmax(1) == classes).float().mean(), sync_dist=True)
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -174,7 +195,8 @@ class Classifier(LightningModule):
         logits = self(images)
         self.val_acc.update(logits, labels)
         self.val_ece.update(self.probabilities(logits), labels)
-        self.log("val/loss", self.criterion(logits, labels), on_epoch=True, batch_size=len(labels), sync_dist=True)
+        self.val_loss.update(self.criterion(logits, labels), weight=len(labels))
+        self.log("val/loss", self.val_loss, on_epoch=True, batch_size=len(labels))
         self.log("val/acc", self.val_acc, on_epoch=True, batch_size=len(labels), prog_bar=True)
         self.log("val/ece", self.val_ece, on_epoch=True, batch_size=len(labels))
 

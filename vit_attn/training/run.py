@@ -16,7 +16,7 @@ from vit_attn.config import plain, without_secrets
 from vit_attn.console import is_first_process, log_paths
 from vit_attn.cost import environment, model_cost, peak_memory
 from vit_attn.data import ImageData, check_same_data
-from vit_attn.errors import UserError, one_line, user_errors
+from vit_attn.errors import UserError, on_every_process, one_line, user_errors
 from vit_attn.explain.explanation_figures import overlay
 from vit_attn.explain.explanations import METHOD_TITLES, Explanations
 from vit_attn.explain.probe import default_layers, look, write_masks, write_panels
@@ -38,8 +38,10 @@ from vit_attn.training.explaining import explain_test_images
 from vit_attn.training.failures import named
 from vit_attn.training.finite import MOST_SKIPPED, NotFiniteError
 from vit_attn.training.folder import RunFolder, update_json
+from vit_attn.training.launcher import follow_launcher
 from vit_attn.training.module import Classifier, build_optimizer
 from vit_attn.training.ranks import Ranks
+from vit_attn.training.sharding import whole_net
 from vit_attn.training.stopping import Stopped, StopSignals
 
 log = logging.getLogger("vit_attn")
@@ -55,7 +57,9 @@ def train(config: DictConfig) -> dict[str, Any]:
         UserError: a mistake in the configuration or the data, before any training; later, a failure of the machine.
         Stopped: by a signal; what was done is saved.
     """
-    check_config(config)
+    with on_every_process():
+        follow_launcher(config)
+        check_config(config)
     folder = RunFolder.of(config)
     with StopSignals() as signals:
         try:
@@ -185,6 +189,7 @@ def _run(
         path = resumed["path"] if resumed is not None else None
         with going_on_from(path, lambda: resumed is None or trainer.global_step > resumed["global_step"], config):
             trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+        module.net = whole_net(module.net)  # one process draws and explains, alone
         results = _score(trainer, module, data, folder, test=config.test)
         results |= {"run": str(config.run_name), "experiment": str(config.experiment_name), "seed": config.seed}
         results |= {"attention": plain(config.model)["attention"], "cost": cost, "environment": environment()}
