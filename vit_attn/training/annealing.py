@@ -1,6 +1,7 @@
 """α on its way from softmax's end of entmax to where it is wanted, and the best checkpoint of those that are there."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -69,6 +70,15 @@ class BestCheckpoint(ModelCheckpoint):
         return all(layer.alpha_has_arrived() for layer in layers) and super().check_monitor_top_k(trainer, current)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the score of the best one too, which Lightning writes but does not read."""
-        super().load_state_dict(state_dict)
+        """Take up the score of the best one too, which Lightning writes but does not read.
+
+        And wherever the run's folder is by now: in one that was moved, Lightning forgets what was best.
+        """
+
+        def here(path: str) -> str:
+            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
+
+        paths = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        models = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": models, "dirpath": self.dirpath})
         self.current_score = state_dict.get("current_score")
