@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from playing import ROOT, SMALL, assert_one_line, assert_run_or_one_line, files_below, play
-from test_images import FOLDER, STRANGE, encoded, image_folder
+from test_any_images import FOLDER, STRANGE, encoded, image_folder
 
 # In front of each group: what these ended in.
 COMMAND_LINES = [

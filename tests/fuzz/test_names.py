@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume
 from hypothesis import strategies as st
 from playing import SMALL, assert_run_or_one_line, check_all, examples, files_below, play
-from test_images import FOLDER, encoded, image_folder
+from test_any_images import FOLDER, encoded, image_folder
 from values import quoted
 
 NAMES = st.one_of(
