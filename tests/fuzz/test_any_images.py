@@ -121,7 +121,7 @@ FILES = st.one_of(
 )
 
 
-@examples(short=60, long=1500)
+@examples(short=60, long=500)
 def test_a_file_is_a_square_of_pixels_or_one_line(many, place):
     folder = place()
 
@@ -199,7 +199,7 @@ def image_folder(root: Path, content: bytes, *, classes: tuple[str, str] = ("cat
     (root / "train" / classes[0] / name).write_bytes(content)
 
 
-@examples(short=3, long=80)
+@examples(short=3, long=70)
 def test_a_run_on_a_folder_with_any_file_in_it(many, place):
     def check(given):
         content, on_error, check_images = given

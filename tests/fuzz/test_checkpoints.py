@@ -50,7 +50,7 @@ def damage(content: bytes, kind: str, place: float, number: int) -> bytes:
     return content[:at] if kind == "cut" else content[:at] + content
 
 
-@examples(short=5, long=120)
+@examples(short=5, long=80)
 def test_a_damaged_checkpoint_is_scored_as_it_was_or_refused(many, place, run):
     scores = []
 
@@ -66,7 +66,7 @@ def test_a_damaged_checkpoint_is_scored_as_it_was_or_refused(many, place, run):
     check_all(many, check, DAMAGE)
 
 
-@examples(short=3, long=60)
+@examples(short=3, long=70)
 def test_a_run_goes_on_from_what_is_whole(many, place, run):
     """``last.ckpt`` damaged: the one before it is used, or the run starts anew; it never ends in a traceback."""
     settings = (*(setting for setting in SMALL if "max_" not in setting), "trainer.max_epochs=2", "run_name=mine")
@@ -121,7 +121,7 @@ OTHER = st.one_of(
 )
 
 
-@examples(short=6, long=150)
+@examples(short=6, long=80)
 def test_a_checkpoint_that_says_something_else_is_scored_or_refused(many, place, run):
     whole = torch.load(run.best, weights_only=True)
 
@@ -136,7 +136,7 @@ def test_a_checkpoint_that_says_something_else_is_scored_or_refused(many, place,
     check_all(many, check, st.tuples(KEYS, OTHER, st.sampled_from([None, "vit_attn", "vit_attn", "state_dict"])))
 
 
-@examples(short=4, long=100)
+@examples(short=4, long=70)
 def test_a_run_whose_last_checkpoint_says_something_else_goes_on_or_is_one_line(many, place, run):
     whole = torch.load(run.last, weights_only=True)
     settings = (*(setting for setting in SMALL if "max_" not in setting), "trainer.max_epochs=2", "run_name=mine")

@@ -67,7 +67,7 @@ def _harmless(overrides: list[str]) -> bool:
     return not endless and not any(key.startswith(LEFT_OUT[:-1]) for key in keys)
 
 
-@examples(short=12, long=500)
+@examples(short=12, long=300)
 def test_a_command_line_of_train_is_a_run_or_one_line(many, place):
     def check(overrides):
         folder = place()
@@ -94,7 +94,7 @@ def run(tmp_path_factory, train_in):
     return train_in(tmp_path_factory.mktemp("run"), "run_name=mine", "trainer.limit_train_batches=1", "test=false")
 
 
-@examples(short=6, long=150)
+@examples(short=6, long=70)
 def test_a_command_line_of_evaluate_and_explain_is_a_run_or_one_line(many, place, run):
     def check(given):
         program, overrides = given

@@ -62,7 +62,7 @@ YAML = st.one_of(
 BYTES = st.one_of(YAML.map(lambda text: text.encode("utf-8", "surrogatepass")), st.binary(max_size=60))
 
 
-@examples(short=5, long=150)
+@examples(short=5, long=80)
 def test_an_experiment_of_the_users_own_is_a_run_or_one_line(many, place):
     def check(content):
         folder = place()
@@ -108,7 +108,7 @@ TEXT_FILES = st.one_of(
 )
 
 
-@examples(short=4, long=100)
+@examples(short=4, long=70)
 def test_a_run_whose_files_somebody_has_changed_goes_on_or_is_one_line(many, place, tmp_path_factory, train_in):
     """With the same command. What it refuses, it leaves as it is; broken checkpoints may be set aside by name."""
     whole = train_in(tmp_path_factory.mktemp("run"), *SMALL, "run_name=mine").root
@@ -127,7 +127,7 @@ def test_a_run_whose_files_somebody_has_changed_goes_on_or_is_one_line(many, pla
     check_all(many, check, st.tuples(LEFT_BEHIND, TEXT_FILES))
 
 
-@examples(short=4, long=100)
+@examples(short=4, long=70)
 def test_a_report_of_changed_runs_is_a_page_or_one_line(many, place, tmp_path_factory, train_in):
     from vit_attn.report.__main__ import main
 

@@ -50,7 +50,7 @@ NAMES = st.one_of(
 )
 
 
-@examples(short=5, long=150)
+@examples(short=5, long=80)
 def test_a_run_of_any_name(many, place):
     """Where it is a run, it is in a folder of that name, below experiments_dir, and the same command finds it again."""
 
@@ -73,7 +73,7 @@ def test_a_run_of_any_name(many, place):
     check_all(many, check, st.tuples(st.sampled_from(["run_name", "experiment_name", "experiments_dir"]), NAMES))
 
 
-@examples(short=3, long=60)
+@examples(short=3, long=70)
 def test_classes_and_files_of_any_name(many, place):
     def check(given):
         first, second, file = given
@@ -97,7 +97,7 @@ def test_classes_and_files_of_any_name(many, place):
     check_all(many, check, st.tuples(NAMES, NAMES, NAMES))
 
 
-@examples(short=4, long=100)
+@examples(short=4, long=70)
 def test_paths_of_any_name(many, place, run):
     def check(given):
         key, name = given
