@@ -74,8 +74,8 @@ def _check_launcher() -> None:
 def main() -> None:
     """Run the command line's one job or many, then say what went wrong."""
     # Hydra's own parser takes -m before the overrides or after them, not in between.
-    check_flags(sys.argv[1:])
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
+    check_flags(sys.argv[1:])
     mistakes.clear()  # of the last command, where one process runs several
     crashes.clear()
     try:

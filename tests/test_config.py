@@ -28,7 +28,7 @@ def options_of(config):
 
 
 def test_groups_are_the_folders():
-    assert {path.name for path in CONF.iterdir() if path.is_dir()} == {*GROUPS, "sweep"}
+    assert {path.name for path in CONF.iterdir() if path.is_dir()} == {*GROUPS, "hydra", "sweep"}
     assert {group for group, _ in CHOICES} == set(GROUPS)
 
 

@@ -126,7 +126,7 @@ def refuse_secrets(arguments: Sequence[str]) -> None:
     for argument in arguments:
         key, _, value = argument.partition("=")
         name = key.lstrip("+~-").rpartition(".")[2].replace("-", "_")
-        inside = [word for word in re.findall(r"(\w+)[\"']?\s*:", value) if _names_secret(word)]
+        inside = [word for word in re.findall(r"(?<!\w)(\w+)[\"']?\s*:", value) if _names_secret(word)]
         if _names_secret(name) and value not in ("null", "''", '""') and (value or key.startswith("--")):
             inside.insert(0, name)
         variable = held_secret(argument)

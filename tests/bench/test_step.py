@@ -6,12 +6,13 @@ from statistics import median
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from vit_attn.bench import step as suite
 from vit_attn.tracking.loggers import CsvLogger
 from vit_attn.tracking.wandb_run import WandbRunLogger
+from vit_attn.training.annealing import BestCheckpoint
 from vit_attn.training.callbacks import AttentionProbe, Throughput
+from vit_attn.training.saving import LastCheckpoint
 
 CPU = torch.device("cpu")
 
@@ -35,7 +36,7 @@ def test_both_loops_end_with_the_same_weights_on_the_default_trainer(monkeypatch
         torch.testing.assert_close(mine, plainly, atol=1e-6, rtol=0)
         assert not mine.requires_grad or not torch.equal(mine, first)
     kinds = {type(callback) for callback in kept["trainer"].callbacks}
-    assert {AttentionProbe, Throughput, ModelCheckpoint} <= kinds
+    assert {AttentionProbe, Throughput, BestCheckpoint, LastCheckpoint} <= kinds
     assert [type(logger) for logger in kept["trainer"].loggers] == [CsvLogger, WandbRunLogger]
     log = logging.getLogger("vit_attn")
     assert (log.level, log.handlers) == (level, handlers)

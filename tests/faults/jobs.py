@@ -199,8 +199,10 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def checkpoint(folder: Path, name: str) -> dict[str, Any]:
-    """A checkpoint of the run, in which the run folder is named "RUN"."""
+    """A checkpoint of the run, in which the run folder is named "RUN", and which does not say how often it is saved."""
     loaded = torch.load(folder_of(folder) / "checkpoints" / name, weights_only=True)
+    for key in ("checkpoint_every_n_steps", "checkpoint_every_n_minutes"):
+        del loaded["vit_attn"]["config"]["callbacks"][key]
     return _renamed(loaded, str(folder))
 
 

@@ -383,7 +383,7 @@ def test_a_folder_named_by_the_clock_is_refused_where_processes_cannot_agree(com
         follow_launcher(config)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "ddp_spawn", "deepspeed", 3])
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp_spawn", "deepspeed"])
 def test_strategies_that_would_not_resume_are_refused(compose, strategy):
     with pytest.raises(UserError, match=r"trainer\.strategy.*(ddp|fsdp2)"):
         check_config(compose("trainer=ddp_cpu", f"trainer.strategy={strategy}"))

@@ -46,7 +46,7 @@ def decode_image(path: str, size: int) -> np.ndarray:
     """
     try:
         if not Path(path).is_file():  # opening a pipe or a device would wait for ever
-            raise ValueError("no such file" if not Path(path).exists() else "not a file")
+            raise ValueError("No such file or directory" if not Path(path).exists() else "not a file")
         with Image.open(path, formats=FORMATS) as image:
             _check_size(*image.size)
             # JPEG only: decode at 1/2, 1/4 or 1/8 where that still leaves twice the wanted size

@@ -40,7 +40,7 @@ def follow_launcher(config: DictConfig) -> None:
         return
     raw: Any = OmegaConf.to_container(config, resolve=False)
     for key in _FOLDER:
-        if _OF_THE_MOMENT in str(raw[key]):
+        if _OF_THE_MOMENT in str(raw.get(key)):
             raise UserError(
                 f"{key}={raw[key]}: every process of a launcher reads the clock for itself, and they need one folder; "
                 "let the launching script read it, or leave the name out"
@@ -64,7 +64,7 @@ def launched_from_outside() -> bool:
 def names_to_pass_on(config: DictConfig) -> list[str]:
     """Overrides that give the processes that Lightning starts the folder that the first one has read off the clock."""
     raw: Any = OmegaConf.to_container(config, resolve=False)
-    return [f"{key}={_quoted(str(config[key]))}" for key in _FOLDER if _OF_THE_MOMENT in str(raw[key])]
+    return [f"{key}={_quoted(str(config[key]))}" for key in _FOLDER if _OF_THE_MOMENT in str(raw.get(key))]
 
 
 def _quoted(text: str) -> str:
