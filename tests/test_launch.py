@@ -48,8 +48,8 @@ def clean_environment() -> dict[str, str]:
 @pytest.mark.parametrize(
     ("ends", "options", "status"),
     [
-        ("sys.exit(0)", [], 0),
-        ("sys.exit(2)", [], 2),
+        pytest.param("sys.exit(0)", [], 0, marks=pytest.mark.slow),
+        pytest.param("sys.exit(2)", [], 2, marks=pytest.mark.slow),
         ("sys.exit(75)", ["--lost-rank-status=203"], 203),
         ("os.kill(os.getpid(), 9) if os.environ['RANK'] == '1' else time.sleep(60)", [], 137),
     ],
@@ -61,7 +61,7 @@ def test_the_status_is_that_of_the_processes(tmp_path, ends, options, status):
     assert "Traceback" not in errors
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("signum", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1])
 def test_a_signal_reaches_the_processes_before_the_launcher_ends(tmp_path, signum):
     script = (
         "import os, signal, sys, time\n"
@@ -83,6 +83,7 @@ def test_a_signal_reaches_the_processes_before_the_launcher_ends(tmp_path, signu
     assert [(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)] == [str(int(signum))] * 2
 
 
+@pytest.mark.slow
 def test_a_node_that_never_comes_is_named(tmp_path):
     # Node 1 of 2, and nobody listens where node 0 should.
     done = subprocess.run(

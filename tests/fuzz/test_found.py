@@ -145,9 +145,9 @@ def test_classes_with_markup_in_their_names(place, names):
     ("program", "arguments"),
     [
         ("train.py", [b"run_name=\xff"]),
-        ("train.py", [b"--no-such-flag"]),
-        ("evaluate.py", [b"ckpt=\xff"]),
-        ("train.py", [b"+token=mine-77"]),
+        pytest.param("train.py", [b"--no-such-flag"], marks=pytest.mark.slow),
+        pytest.param("evaluate.py", [b"ckpt=\xff"], marks=pytest.mark.slow),
+        pytest.param("train.py", [b"+token=mine-77"], marks=pytest.mark.slow),
     ],
 )
 def test_a_real_process(tmp_path, program, arguments):
