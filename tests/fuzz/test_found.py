@@ -162,3 +162,12 @@ def test_a_real_process(tmp_path, program, arguments):
     assert done.stderr.startswith(b"error: ")
     assert done.stderr.count(b"\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["100000000000000000000", "[1]", "{", "null"])
+def test_results_that_are_no_results_are_written_anew(tmp_path, content):
+    path = tmp_path / "metrics.json"
+    path.write_text(content)
+    assert read_json(path) == {}
+    assert update_json(path, {"a": 1}) == {"a": 1}
+    assert read_json(path) == {"a": 1}

@@ -221,6 +221,21 @@ def _read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file of a run holds; nothing where it is missing, or somebody has broken it: it is written anew.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if not path.exists():
+        return {}
+    with suppress(ValueError):
+        found = _read(path)
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
 def update_json(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Put ``content`` into a JSON file, over what it holds, in one move.
 
@@ -228,9 +243,7 @@ def update_json(path: Path, content: dict[str, Any]) -> dict[str, Any]:
         UserError: it cannot be written. What it held stays.
     """
     try:
-        if path.exists():
-            with suppress(ValueError):  # what somebody has broken is written anew
-                content = {**_read(path), **content}
+        content = {**read_json(path), **content}
         with whole_file(path, encoding="utf-8") as file:
             file.write(json.dumps(content, indent=2) + "\n")
     except OSError as error:

@@ -1,7 +1,6 @@
 """A training run from its configuration: build, fit, score the best checkpoint, write results."""
 
 import copy
-import json
 import logging
 from typing import Any
 
@@ -37,7 +36,7 @@ from vit_attn.training.described import as_described, going_on_from
 from vit_attn.training.explaining import explain_test_images
 from vit_attn.training.failures import named
 from vit_attn.training.finite import MOST_SKIPPED, NotFiniteError
-from vit_attn.training.folder import RunFolder, update_json
+from vit_attn.training.folder import RunFolder, read_json, update_json
 from vit_attn.training.launcher import follow_launcher
 from vit_attn.training.module import Classifier, build_optimizer
 from vit_attn.training.ranks import Ranks
@@ -339,8 +338,9 @@ def _write_results(
         pictures += drawn
         log_predictions(trainer.loggers, _predictions(folder, data.class_names))
     path = folder.results / "metrics.json"
-    if path.exists():  # a run that is asked for again after its end has no steps to time
-        results["speed"] = {**json.loads(path.read_text()).get("speed", {}), **results["speed"]}
+    before = read_json(path).get("speed")  # a run that is asked for again after its end has no steps to time
+    if isinstance(before, dict):
+        results["speed"] = before | results["speed"]
     update_json(path, results)
     log_checkpoints(
         trainer.loggers,
