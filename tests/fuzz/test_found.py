@@ -9,6 +9,8 @@ import torch
 from playing import ROOT, SMALL, assert_one_line, assert_run_or_one_line, files_below, play
 from test_any_images import FOLDER, STRANGE, encoded, image_folder
 
+from vit_attn.training.folder import read_json, update_json
+
 # In front of each group: what these ended in.
 COMMAND_LINES = [
     # a traceback of Hydra's, of YAML's or of argparse's, or several lines
