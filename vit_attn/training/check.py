@@ -31,12 +31,8 @@ _WHOLE = {
 _NUMBERS = {
     **{"trainer.gradient_clip_val": 0, "optimizer.lr": 0, "optimizer.weight_decay": 0, "optimizer.eps": 0},
     **{"callbacks.ema.decay": 0, "model.mlp_ratio": 0, "model.drop_rate": 0, "model.proj_drop_rate": 0},
-    **{
-        "callbacks.checkpoint_every_n_minutes": 0.01,
-        "model.attn_drop_rate": 0,
-        "model.drop_path_rate": 0,
-        "logger.finish_timeout": 1,
-    },
+    **{"model.attn_drop_rate": 0, "model.drop_path_rate": 0, "logger.finish_timeout": 1},
+    **{"callbacks.checkpoint_every_n_minutes": 0.01},
 }
 # The most, where more could only end in a machine without memory, or never.
 _MOST = {

@@ -110,7 +110,7 @@ class RunFolder:
 
     def _last_owner(self) -> dict[str, Any] | None:
         try:
-            status = json.loads(self.status.read_text())
+            status = read_json(self.status)
             return {"pid": int(status["pid"]), "host": status["host"], "since": status["since"]}
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -211,8 +211,7 @@ class RunFolder:
             UserError: it cannot be written.
         """
         try:
-            with whole_file(self.skipped, encoding="utf-8") as file:
-                file.write(json.dumps(batches, indent=2) + "\n")
+            _write_json(self.skipped, batches)
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -244,8 +243,12 @@ def update_json(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """
     try:
         content = {**read_json(path), **content}
-        with whole_file(path, encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=2) + "\n")
+        _write_json(path, content)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {one_line(error.strerror or error)}") from error
     return content
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with whole_file(path, encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2) + "\n")

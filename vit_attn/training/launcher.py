@@ -38,13 +38,17 @@ def follow_launcher(config: DictConfig) -> None:
             config.trainer[key] = number
     if not launched_from_outside():
         return
+    for key, value in _read_off_the_clock(config).items():
+        raise UserError(
+            f"{key}={value}: every process of a launcher reads the clock for itself, and they need one folder; "
+            "let the launching script read it, or leave the name out"
+        )
+
+
+def _read_off_the_clock(config: DictConfig) -> dict[str, str]:
+    """Parts of the run folder's name that depend on the moment, as they are written."""
     raw: Any = OmegaConf.to_container(config, resolve=False)
-    for key in _FOLDER:
-        if _OF_THE_MOMENT in str(raw.get(key)):
-            raise UserError(
-                f"{key}={raw[key]}: every process of a launcher reads the clock for itself, and they need one folder; "
-                "let the launching script read it, or leave the name out"
-            )
+    return {key: str(raw[key]) for key in _FOLDER if _OF_THE_MOMENT in str(raw.get(key))}
 
 
 def _given_on_the_command_line() -> dict[str, str]:
@@ -63,8 +67,7 @@ def launched_from_outside() -> bool:
 
 def names_to_pass_on(config: DictConfig) -> list[str]:
     """Overrides that give the processes that Lightning starts the folder that the first one has read off the clock."""
-    raw: Any = OmegaConf.to_container(config, resolve=False)
-    return [f"{key}={_quoted(str(config[key]))}" for key in _FOLDER if _OF_THE_MOMENT in str(raw.get(key))]
+    return [f"{key}={_quoted(str(config[key]))}" for key in _read_off_the_clock(config)]
 
 
 def _quoted(text: str) -> str:

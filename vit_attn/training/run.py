@@ -122,7 +122,11 @@ def _train(
 
 
 def _resume(folder: RunFolder, data: ImageData) -> dict[str, Any] | None:
-    """Read the checkpoint to go on from, and see that the data are those that it has seen."""
+    """Read where to go on from, and see that the data are those of then; the weights are left to Lightning.
+
+    Returns:
+        "path" of the checkpoint, and its "global_step" and "loops": the rest would be in memory for the whole training.
+    """
     found = folder.resume()
     if found is None:
         return None
@@ -131,7 +135,7 @@ def _resume(folder: RunFolder, data: ImageData) -> dict[str, Any] | None:
         if type(resumed["global_step"]) is not int:
             raise TypeError("its global_step is no number")
         check_same_data(resumed["vit_attn"]["data"], data.describe())
-    return resumed | {"path": path}
+        return {"path": path, "global_step": resumed["global_step"], "loops": resumed["loops"]}
 
 
 def _leave_out(config: DictConfig, folder: RunFolder, error: NotFiniteError) -> None:
