@@ -104,14 +104,26 @@ def test_a_checkpoint_without_a_part(place, run, key, value):
 
 
 @pytest.mark.parametrize(
-    "key", ["loops", "optimizer_states", "lr_schedulers", "pytorch-lightning_version", "global_step"]
+    ("where", "value"),
+    [
+        *(((key,), ["x"]) for key in ("loops", "optimizer_states", "lr_schedulers", "pytorch-lightning_version")),
+        (("global_step",), ["x"]),
+        # only as the first step is logged, and as the schedule takes it
+        (("lr_schedulers", 0, "base_lrs"), 5),
+        (("lr_schedulers", 0, "last_epoch"), "x"),
+    ],
+    ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "",
 )
-def test_a_last_checkpoint_without_a_part(place, key):
-    """Lightning's own tracebacks, as it restored."""
+def test_a_last_checkpoint_that_says_something_else(place, where, value):
+    """Lightning's own tracebacks and torch's, as it was restored or at the first step."""
     place()
     assert play("train", *SMALL, "run_name=mine").status == 0
     last = next(iter((Path.cwd() / "experiments").rglob("last.ckpt")))
-    torch.save({**torch.load(last, weights_only=True), key: ["x"]}, last)
+    checkpoint = node = torch.load(last, weights_only=True)
+    for key in where[:-1]:
+        node = node[key]
+    node[where[-1]] = value
+    torch.save(checkpoint, last)
     longer = [setting for setting in SMALL if "max_" not in setting]
     done = play("train", *longer, "trainer.max_epochs=2", "trainer.max_steps=-1", "run_name=mine")
     assert_one_line(done)

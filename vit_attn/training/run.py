@@ -190,7 +190,7 @@ def _run(
                 _place_data(resumed, data)
             log.info("resuming from %s at step %d", resumed["path"], resumed["global_step"])
         path = resumed["path"] if resumed is not None else None
-        with going_on_from(path, lambda: resumed is None or trainer.global_step > resumed["global_step"], config):
+        with going_on_from(path, lambda: resumed is None or trainer.global_step > resumed["global_step"] + 1, config):
             trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
         module.net = whole_net(module.net)  # one process draws and explains, alone
         results = _score(trainer, module, data, folder, test=config.test)
