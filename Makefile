@@ -6,6 +6,10 @@ SWEEP ?= conf/sweep/mechanisms.yaml
 # The container writes to data/ and experiments/ as the caller, not as root.
 COMPOSE = HOST_UID=$$(id -u) HOST_GID=$$(id -g) docker compose -f docker/compose.yaml
 
+# A process per core, up to four: each takes 1 GB. `worksteal` keeps the tests of a file together, with what they share.
+PYTEST = .venv/bin/python -m pytest
+IN_PARALLEL = --numprocesses=auto --maxprocesses=4 --dist=worksteal
+
 # With DRY_RUN=1, print the command instead of running it.
 run = $(if $(filter 1,$(DRY_RUN)),@: $(info $(1)),$(1))
 
@@ -45,21 +49,21 @@ sweep: setup ## start a W&B sweep, e.g. make sweep SWEEP=conf/sweep/alpha.yaml
 	.venv/bin/wandb sweep $(SWEEP)
 
 test: setup ## run the tests but the slow ones and Slurm's, e.g. make test ARGS="-k strided"
-	.venv/bin/python -m pytest -m "not slow and not fuzz and not containers and not slurm" $(ARGS)
+	$(PYTEST) $(IN_PARALLEL) -m "not slow and not fuzz and not containers and not slurm" $(ARGS)
 
 test-faults: setup ## break runs in every way there is a test for, and count what survived
-	.venv/bin/python -m pytest -m "faults or fuzz" $(ARGS)
+	$(PYTEST) $(IN_PARALLEL) -m "faults or fuzz" $(ARGS)
 
 test-slow: setup ## run the slow tests
-	.venv/bin/python -m pytest -m slow $(ARGS)
+	$(PYTEST) $(IN_PARALLEL) -m slow $(ARGS)
 
 test-slurm: setup ## train on a Slurm cluster of this machine alone; needs the packages slurm-wlm and munge
-	.venv/bin/python -m pytest -m slurm tests/slurm $(ARGS)
+	$(PYTEST) -m slurm tests/slurm $(ARGS)
 
 test-containers: setup ## check the Docker and Kubernetes files, build the image with buildah, run it with runc: root, some minutes
 	tests/containers/check
 	tests/containers/build
-	.venv/bin/python -m pytest -m containers $(ARGS)
+	$(PYTEST) -m containers $(ARGS)
 
 lint: setup ## check style and types
 	.venv/bin/ruff check .

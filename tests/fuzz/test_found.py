@@ -108,7 +108,7 @@ def test_a_checkpoint_without_a_part(place, run, key, value):
     [
         *(((key,), ["x"]) for key in ("loops", "optimizer_states", "lr_schedulers", "pytorch-lightning_version")),
         (("global_step",), ["x"]),
-        # only as the first step is logged, and as the schedule takes it
+        # only amid the first step, as the schedule takes it
         (("lr_schedulers", 0, "base_lrs"), 5),
         (("lr_schedulers", 0, "last_epoch"), "x"),
     ],

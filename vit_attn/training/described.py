@@ -111,12 +111,12 @@ def as_described(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def going_on_from(path: Path | None, goes_on: Callable[[], bool], config: DictConfig) -> Iterator[None]:
-    """Say that it is the checkpoint that is wrong, where a training that goes on from it fails at once.
+def going_on_from(path: Path | None, has_stepped: Callable[[], bool], config: DictConfig) -> Iterator[None]:
+    """Say that it is the checkpoint that is wrong, where a training that goes on from it fails before its first step.
 
     Args:
         path: the checkpoint; None: the training begins, and its errors are its own.
-        goes_on: whether the training has got past its first step since, the schedule's and the logging of it too.
+        has_stepped: whether there has been a step since.
         config: of the run.
 
     Raises:
@@ -127,7 +127,7 @@ def going_on_from(path: Path | None, goes_on: Callable[[], bool], config: DictCo
     except (Stopped, NotFiniteError, UserError):
         raise
     except Exception as error:
-        if path is None or goes_on() or named(error, config) is not None:
+        if path is None or has_stepped() or named(error, config) is not None:
             raise
         why = f"{type(error).__name__}: {one_line(error)[:200]}"
         raise UserError(

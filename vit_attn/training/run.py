@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import warnings
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from vit_attn.training.failures import named
 from vit_attn.training.finite import MOST_SKIPPED, NotFiniteError
 from vit_attn.training.folder import RunFolder, read_json, update_json
 from vit_attn.training.launcher import follow_launcher
-from vit_attn.training.module import Classifier, build_optimizer
+from vit_attn.training.module import Classifier, build_optimizer, build_schedule
 from vit_attn.training.ranks import Ranks
 from vit_attn.training.sharding import whole_net
 from vit_attn.training.stopping import Stopped, StopSignals
@@ -97,7 +98,7 @@ def _train(
 ) -> dict[str, Any]:
     """Fit and score in a folder that is this process' own, and leave word in it of how that ended."""
     # Before anything is written: what cannot be gone on with must not cost the logs.
-    resumed = None if config.overwrite else _resume(folder, data)
+    resumed = None if config.overwrite else _resume(config, folder, net, data)
     folder.create(config)
     try:
         with Ranks(on_loss=lambda what: folder.end("failed", what)) as ranks:
@@ -107,7 +108,8 @@ def _train(
                     break
                 except NotFiniteError as error:
                     _leave_out(config, folder, error)
-                net, resumed = _make_net(config, data), _resume(folder, data)
+                net = _make_net(config, data)
+                resumed = _resume(config, folder, net, data)
     except Stopped as stop:
         folder.end("stopped", str(stop))
         raise
@@ -121,8 +123,10 @@ def _train(
     return results
 
 
-def _resume(folder: RunFolder, data: ImageData) -> dict[str, Any] | None:
+def _resume(config: DictConfig, folder: RunFolder, net: nn.Module, data: ImageData) -> dict[str, Any] | None:
     """Read where to go on from, and see that the data are those of then; the weights are left to Lightning.
+
+    A schedule that cannot go on would otherwise be found amid the first step, when a checkpoint is no longer suspected.
 
     Returns:
         "path" of the checkpoint, and its "global_step" and "loops": the rest would be in memory for the whole training.
@@ -135,6 +139,10 @@ def _resume(folder: RunFolder, data: ImageData) -> dict[str, Any] | None:
         if type(resumed["global_step"]) is not int:
             raise TypeError("its global_step is no number")
         check_same_data(resumed["vit_attn"]["data"], data.describe())
+        schedule = build_schedule(build_optimizer(net, config.optimizer), config.lr_schedule, total=1)
+        schedule.load_state_dict(resumed["lr_schedulers"][0])
+        with warnings.catch_warnings(action="ignore"):  # no step of the optimizer comes before this one
+            schedule.step()
         return {"path": path, "global_step": resumed["global_step"], "loops": resumed["loops"]}
 
 
@@ -190,7 +198,7 @@ def _run(
                 _place_data(resumed, data)
             log.info("resuming from %s at step %d", resumed["path"], resumed["global_step"])
         path = resumed["path"] if resumed is not None else None
-        with going_on_from(path, lambda: resumed is None or trainer.global_step > resumed["global_step"] + 1, config):
+        with going_on_from(path, lambda: resumed is None or trainer.global_step > resumed["global_step"], config):
             trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
         module.net = whole_net(module.net)  # one process draws and explains, alone
         results = _score(trainer, module, data, folder, test=config.test)
