@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -34,16 +35,24 @@ def _nobody_is_logged_in(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
 
 
-@pytest.fixture(autouse=True)
-def _log_as_before():
+@contextmanager
+def log_as_before():
     """Take away the handlers that a run adds to the project's log."""
     log = logging.getLogger("vit_attn")
     handlers, level, propagate = list(log.handlers), log.level, log.propagate
-    yield
-    for handler in [handler for handler in log.handlers if handler not in handlers]:
-        log.removeHandler(handler)
-        handler.close()
-    log.level, log.propagate = level, propagate
+    try:
+        yield
+    finally:
+        for handler in [handler for handler in log.handlers if handler not in handlers]:
+            log.removeHandler(handler)
+            handler.close()
+        log.level, log.propagate = level, propagate
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before():
+    with log_as_before():
+        yield
 
 
 _faults: dict[str, list[int]] = {}  # what was done to runs → how often, and how often nothing was lost
@@ -111,7 +120,8 @@ def run_train(folder: Path, *overrides: str) -> Run:
 
     logging.getLogger("vit_attn").setLevel(logging.INFO)  # as the command sets it
     config = compose_config(*TINY, f"experiments_dir={folder}", *overrides)
-    results = train(config)
+    with log_as_before():  # a module's fixture outlives the test that asks for it first
+        results = train(config)
     return Run(folder / config.experiment_name / config.run_name, config, results)
 
 

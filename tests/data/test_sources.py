@@ -79,8 +79,9 @@ def test_cifar10_corrupt_download_is_refused(fake_cifar, tmp_path):
     archive, _ = fake_cifar
     archive.write_bytes(archive.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match=r"corrupted.*data.root=.*data=digits") as error:
-        Cifar10(root=tmp_path / "data").prepare_data()
+        Cifar10(root=tmp_path / "data" / "of mine").prepare_data()
     assert "\n" not in str(error.value)
+    assert not (tmp_path / "data").exists()
 
 
 def test_cifar10_unreachable(tmp_path, monkeypatch):

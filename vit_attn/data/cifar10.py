@@ -10,6 +10,7 @@ import io
 import pickle
 import tarfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,15 @@ class Cifar10(ImageData):
         assert self.root is not None
         if all(check_integrity(str(self._folder / name), md5) for name, md5 in _files()):
             return
+        new = [path for path in (self._folder, self.root, *self.root.parents) if not path.exists()]
         try:
             # It takes the archive that is there, if it is the right one.
             download_url(CIFAR10.url, str(self.root), CIFAR10.filename, CIFAR10.tgz_md5)
             _unpack(self.root / CIFAR10.filename, self.root)
         except (OSError, RuntimeError, ValueError, EOFError, tarfile.TarError, zlib.error) as error:
+            for path in new:
+                with suppress(OSError):
+                    path.rmdir()  # of those that are empty, nothing shall be left
             raise UserError(
                 f"CIFAR-10 cannot be had from {CIFAR10.url}: {one_line(error).rstrip('.')}. Put "
                 f"{CIFAR10.filename} (MD5 {CIFAR10.tgz_md5}) into data.root={self.root}, "
