@@ -16,6 +16,7 @@ from tqdm import tqdm
 from vit_attn.config import hide_secrets, refuse_secrets
 from vit_attn.errors import LostRankError, UserError, one_line, printable, unknown_name
 from vit_attn.training.stopping import Stopped
+from vit_attn.yaml_aliases import bound_aliases
 
 log = logging.getLogger("vit_attn")
 
@@ -99,6 +100,7 @@ def set_up() -> None:
     """Show our own lines on the first process, and quieten the libraries."""
     # Hydra then raises its errors to us instead of printing them at length.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    bound_aliases()
     if not any(isinstance(handler, _ConsoleHandler) for handler in log.handlers):
         handler = _ConsoleHandler()
         handler.setFormatter(_SafeFormatter("%(message)s"))

@@ -69,7 +69,7 @@ class Done:
     err: str
 
 
-class TooLongError(Exception):
+class TooLongError(BaseException):  # no library's `except Exception` may swallow it
     """A command that did not come back."""
 
 

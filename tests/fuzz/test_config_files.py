@@ -24,7 +24,7 @@ _NAMES = st.sampled_from(
     ]
 )
 _DEEP = "a: " + "[" * 3000 + "]" * 3000
-_ALIASES = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
+ALIASES = b"a0: &a0 [x, x]\n" + b"".join(b"a%d: &a%d [*a%d, *a%d]\n" % (n, n, n - 1, n - 1) for n in range(1, 40))
 YAML = st.one_of(
     st.dictionaries(_NAMES, NESTED, max_size=4).map(lambda content: yaml.safe_dump(content, allow_unicode=True)),
     st.builds("{}: {}".format, _NAMES, st.text(max_size=20)),
@@ -55,7 +55,7 @@ YAML = st.one_of(
             *("seed: 0x", "seed: 1e400", "seed: 2001-01-01", "run_name: 2001-01-01", "model: {depth: ???}", "true: 1"),
             *("defaults: [nope]", "defaults: 3", "defaults: [{model: nope}]", "defaults: [{override /model: x}]"),
             *("x: ${y}\ny: ${x}", "x: ${oc.env:NO_SUCH}", "x: ${", "model: ${data}", "hydra: 1", "hydra: {run: 3}"),
-            *(_DEEP, _ALIASES, "a: " + "x" * 10**6, "\n".join(f"k{n}: {n}" for n in range(20000))),
+            *(_DEEP, ALIASES.decode(), "a: " + "x" * 10**6, "\n".join(f"k{n}: {n}" for n in range(20000))),
         ]
     ),
 )

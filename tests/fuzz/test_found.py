@@ -8,6 +8,7 @@ import pytest
 import torch
 from playing import ROOT, SMALL, assert_one_line, assert_run_or_one_line, files_below, play
 from test_any_images import FOLDER, STRANGE, encoded, image_folder
+from test_config_files import ALIASES
 
 from vit_attn.training.folder import read_json, update_json
 
@@ -60,11 +61,14 @@ def test_a_command_line(place, arguments):
 
 @pytest.mark.parametrize(
     "content",
-    [b"a: [1", b"a:\n\tb", b"\xff\xfe", b"3", b"a: *nope", b"a: !!nope x", b"a: " + b"[" * 3000 + b"]" * 3000],
+    [
+        *(b"a: [1", b"a:\n\tb", b"\xff\xfe", b"3", b"a: *nope", b"a: !!nope x", b"a: " + b"[" * 3000 + b"]" * 3000),
+        *(ALIASES, b"a: &a [*a]"),  # for ever
+    ],
     ids=lambda content: repr(content)[:30],
 )
 def test_a_config_file(place, content):
-    """Each was a traceback of YAML's or of OmegaConf's."""
+    """Each was a traceback of YAML's or of OmegaConf's, or had no end."""
     folder = place()
     (folder / "mine" / "experiment").mkdir(parents=True)
     (folder / "mine" / "experiment" / "mine.yaml").write_bytes(content)
@@ -176,6 +180,15 @@ def test_a_real_process(tmp_path, program, arguments):
     assert done.stderr.startswith(b"error: ")
     assert done.stderr.count(b"\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_aliases_that_stand_for_little_are_kept(place):
+    """A million entries is what is refused, not a file that says a thing once."""
+    folder = place()
+    (folder / "mine" / "experiment").mkdir(parents=True)
+    content = b"# @package _global_\nmodel: {depth: &depth 1}\ncallbacks: {attention_probe: {num_images: *depth}}\n"
+    (folder / "mine" / "experiment" / "mine.yaml").write_bytes(content)
+    assert play("train", f"--config-dir={folder / 'mine'}", *SMALL, "experiment=mine").status == 0
 
 
 @pytest.mark.parametrize("content", ["100000000000000000000", "[1]", "{", "null"])

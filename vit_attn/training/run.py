@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import warnings
 from typing import Any
 
 import torch
@@ -141,8 +140,7 @@ def _resume(config: DictConfig, folder: RunFolder, net: nn.Module, data: ImageDa
         check_same_data(resumed["vit_attn"]["data"], data.describe())
         schedule = build_schedule(build_optimizer(net, config.optimizer), config.lr_schedule, total=1)
         schedule.load_state_dict(resumed["lr_schedulers"][0])
-        with warnings.catch_warnings(action="ignore"):  # no step of the optimizer comes before this one
-            schedule.step()
+        schedule.step()
         return {"path": path, "global_step": resumed["global_step"], "loops": resumed["loops"]}
 
 
