@@ -17,7 +17,8 @@ def bound_aliases() -> None:
 
 
 def _compose_document(self: Any) -> yaml.Node:
-    node: yaml.Node = yaml.composer.Composer.compose_document(self)
+    node = yaml.composer.Composer.compose_document(self)
+    assert node is not None  # it is only called where there is one
     if _unfolded(node, {}) > MOST_ENTRIES:
         problem = f"its aliases unfold into more than {MOST_ENTRIES:,} entries"
         raise yaml.composer.ComposerError(None, None, problem, node.start_mark)

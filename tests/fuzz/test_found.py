@@ -115,17 +115,21 @@ def test_a_checkpoint_without_a_part(place, run, key, value):
         # only amid the first step, as the schedule takes it
         (("lr_schedulers", 0, "base_lrs"), 5),
         (("lr_schedulers", 0, "last_epoch"), "x"),
+        # only once the epoch ends
+        (("callbacks", "BestCheckpoint", "kth_value"), [1]),
+        (("callbacks", "BestCheckpoint", "kth_best_model_path"), "nowhere/x.ckpt"),
+        (("loops", "fit_loop", "epoch_progress", "total", "completed"), "x"),
     ],
     ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_a_last_checkpoint_that_says_something_else(place, where, value):
-    """Lightning's own tracebacks and torch's, as it was restored or at the first step."""
+    """Lightning's own tracebacks and torch's, as it was restored or later."""
     place()
     assert play("train", *SMALL, "run_name=mine").status == 0
     last = next(iter((Path.cwd() / "experiments").rglob("last.ckpt")))
     checkpoint = node = torch.load(last, weights_only=True)
     for key in where[:-1]:
-        node = node[key]
+        node = node[next(full for full in node if full.startswith(key)) if isinstance(key, str) else key]
     node[where[-1]] = value
     torch.save(checkpoint, last)
     longer = [setting for setting in SMALL if "max_" not in setting]

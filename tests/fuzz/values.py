@@ -1,5 +1,6 @@
 """Values that a command line or a configuration may hold, right and wrong."""
 
+from hydra.core.override_parser.types import Quote, QuotedString
 from hypothesis import strategies as st
 
 INTEGERS = st.sampled_from([-(10**20), -(2**31), -7, -1, 0, 1, 2, 3, 7, 2**31, 2**32, 2**63, 10**20, 10**30])
@@ -72,4 +73,4 @@ NESTED = st.recursive(
 
 def quoted(text: str) -> str:
     """``text`` as one of Hydra's quoted strings."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return QuotedString(text, Quote.single).with_quotes()

@@ -18,6 +18,7 @@ from vit_attn.data.digits import Digits
 from vit_attn.errors import UserError
 from vit_attn.training.build import build_net
 from vit_attn.training.callbacks import EpochLines
+from vit_attn.training.early_stopping import ResumableEarlyStopping
 from vit_attn.training.module import Classifier
 
 STRIDED = ("model.attention=strided", "trainer.max_epochs=2", "data.batch_size=128", "run_name=strided")
@@ -409,6 +410,15 @@ def test_averaged_weights_are_the_decayed_sum_of_the_steps(train, no_pictures, m
     for key, value in average.items():
         torch.testing.assert_close(saved[f"net.{key}"], value, atol=1e-6, rtol=1e-5)
         assert key == "blocks.0.norm1.bias" or not torch.equal(value, history[-1][key]), key
+
+
+@pytest.mark.parametrize(("key", "value"), [("patience", "x"), ("wait_count", None), ("best_score", [1])])
+def test_early_stopping_refuses_what_it_would_stumble_over_at_the_end_of_an_epoch(key, value):
+    callback = ResumableEarlyStopping(monitor="val/acc", mode="max")
+    state = callback.state_dict()
+    callback.load_state_dict(state)
+    with pytest.raises(TypeError):
+        callback.load_state_dict({**state, key: value})
 
 
 def test_early_stopping_stops(train, no_pictures):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vit_attn.attention import Attention, attention_layers
 from vit_attn.errors import UserError
+from vit_attn.training.described import is_score
 
 log = logging.getLogger("vit_attn")
 
@@ -73,6 +74,10 @@ class BestCheckpoint(ModelCheckpoint):
         """Take up the score of the best one too, which Lightning writes but does not read.
 
         And wherever the run's folder is by now: in one that was moved, Lightning forgets what was best.
+
+        Raises:
+            TypeError: what should be scores are none.
+            KeyError: something is missing.
         """
 
         def here(path: str) -> str:
@@ -80,5 +85,9 @@ class BestCheckpoint(ModelCheckpoint):
 
         paths = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
         models = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        known = [state_dict["kth_value"], *models.values()]
+        known += [score for key in ("best_model_score", "current_score") if (score := state_dict[key]) is not None]
+        if not all(map(is_score, known)) or (models and paths["kth_best_model_path"] not in models):
+            raise TypeError("what it says of the best checkpoint is no score")
         super().load_state_dict({**state_dict, **paths, "best_k_models": models, "dirpath": self.dirpath})
         self.current_score = state_dict.get("current_score")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 import vit_attn
 from vit_attn.errors import UserError, one_line
@@ -92,6 +93,24 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         for value in node:
             yield key, value
             yield from _leaves(value, key)
+
+
+def check_progress(checkpoint: dict[str, Any]) -> None:
+    """See that what Lightning has counted are numbers.
+
+    Raises:
+        TypeError: naming the first that is none.
+        KeyError: they are not there.
+    """
+    counts = {"global_step": checkpoint["global_step"], **dict(_leaves(checkpoint["loops"]))}
+    for key, value in counts.items():
+        if not isinstance(value, dict) and (not isinstance(value, int) or value < 0):
+            raise TypeError(f"{key} is {str(value)[:40]!r}")
+
+
+def is_score(value: Any) -> bool:
+    """Whether this is what Lightning keeps of a metric: a tensor of one element."""
+    return isinstance(value, Tensor) and value.numel() == 1
 
 
 @contextmanager

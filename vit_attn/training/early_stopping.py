@@ -5,6 +5,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
+from vit_attn.training.described import is_score
+
 
 class ResumableEarlyStopping(EarlyStopping):
     """Lightning's ``EarlyStopping``, whose decision to stop is kept in the checkpoint.
@@ -28,6 +30,14 @@ class ResumableEarlyStopping(EarlyStopping):
         return {**super().state_dict(), "stopped": self._stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take both up again."""
+        """Take both up again.
+
+        Raises:
+            TypeError: what should be numbers are none.
+            KeyError: something is missing.
+        """
+        counts = [state_dict[key] for key in ("wait_count", "patience", "stopped_epoch")]
+        if not all(isinstance(count, int) for count in counts) or not is_score(state_dict["best_score"]):
+            raise TypeError("what it says of early stopping are no numbers")
         super().load_state_dict(state_dict)
         self._stopped = state_dict.get("stopped", False)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
@@ -67,12 +68,9 @@ def launched_from_outside() -> bool:
 
 def names_to_pass_on(config: DictConfig) -> list[str]:
     """Overrides that give the processes that Lightning starts the folder that the first one has read off the clock."""
-    return [f"{key}={_quoted(str(config[key]))}" for key in _read_off_the_clock(config)]
-
-
-def _quoted(text: str) -> str:
-    r"""For Hydra's parser: ``it's`` → ``'it\\'s'``."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return [
+        f"{key}={QuotedString(str(config[key]), Quote.single).with_quotes()}" for key in _read_off_the_clock(config)
+    ]
 
 
 class OneRun(Callback):

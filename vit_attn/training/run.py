@@ -32,7 +32,7 @@ from vit_attn.training.build import build_callbacks, build_data, build_module, b
 from vit_attn.training.callbacks import AttentionProbe, Throughput
 from vit_attn.training.check import check_config
 from vit_attn.training.checkpoint import newest
-from vit_attn.training.described import as_described, going_on_from
+from vit_attn.training.described import as_described, check_progress, going_on_from
 from vit_attn.training.explaining import explain_test_images
 from vit_attn.training.failures import named
 from vit_attn.training.finite import MOST_SKIPPED, NotFiniteError
@@ -125,7 +125,7 @@ def _train(
 def _resume(config: DictConfig, folder: RunFolder, net: nn.Module, data: ImageData) -> dict[str, Any] | None:
     """Read where to go on from, and see that the data are those of then; the weights are left to Lightning.
 
-    A schedule that cannot go on would otherwise be found amid the first step, when a checkpoint is no longer suspected.
+    What only a later step would stumble over is found here, while it is still the checkpoint that is suspected.
 
     Returns:
         "path" of the checkpoint, and its "global_step" and "loops": the rest would be in memory for the whole training.
@@ -135,8 +135,7 @@ def _resume(config: DictConfig, folder: RunFolder, net: nn.Module, data: ImageDa
         return None
     path, resumed = found
     with as_described(path):
-        if type(resumed["global_step"]) is not int:
-            raise TypeError("its global_step is no number")
+        check_progress(resumed)
         check_same_data(resumed["vit_attn"]["data"], data.describe())
         schedule = build_schedule(build_optimizer(net, config.optimizer), config.lr_schedule, total=1)
         schedule.load_state_dict(resumed["lr_schedulers"][0])
