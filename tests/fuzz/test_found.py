@@ -112,6 +112,7 @@ def test_a_checkpoint_without_a_part(place, run, key, value):
     [
         *(((key,), ["x"]) for key in ("loops", "optimizer_states", "lr_schedulers", "pytorch-lightning_version")),
         (("global_step",), ["x"]),
+        (("global_step",), {"": {}}),
         # only amid the first step, as the schedule takes it
         (("lr_schedulers", 0, "base_lrs"), 5),
         (("lr_schedulers", 0, "last_epoch"), "x"),
@@ -119,6 +120,7 @@ def test_a_checkpoint_without_a_part(place, run, key, value):
         (("callbacks", "BestCheckpoint", "kth_value"), [1]),
         (("callbacks", "BestCheckpoint", "kth_best_model_path"), "nowhere/x.ckpt"),
         (("loops", "fit_loop", "epoch_progress", "total", "completed"), "x"),
+        (("loops", "fit_loop", "epoch_progress", "total", "completed"), {}),
     ],
     ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "",
 )
