@@ -22,7 +22,7 @@ _SAVED: dict[str, Any] = {
     **{"model": dict, "data": dict, "loss": dict},
 }
 _TRAINED_ON: dict[str, Any] = {"class_names": list, "image_size": int, "mean": list, "std": list}
-_COUNTS = ("global_step", "ready", "started", "processed", "completed", "is_last_batch")
+_COUNTS = {"global_step", "ready", "started", "processed", "completed", "is_last_batch", "_batches_that_stepped"}
 _LARGEST_IMAGE = 2**13  # pixels per side, as in vit_attn.training.check
 
 
@@ -105,8 +105,7 @@ def check_progress(checkpoint: dict[str, Any]) -> None:
     """
     found = [("global_step", checkpoint["global_step"]), *_leaves(checkpoint["loops"])]
     for key, value in found:
-        good = isinstance(value, int) and value >= 0 if key.rpartition(".")[2] in _COUNTS else isinstance(value, dict)
-        if not good:
+        if key.rpartition(".")[2] in _COUNTS and not (isinstance(value, int) and value >= 0):
             raise TypeError(f"{key} is {str(value)[:40]!r}")
 
 
