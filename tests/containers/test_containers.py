@@ -221,7 +221,7 @@ def test_image_says_what_a_cluster_needs_to_know(image):
 
 def test_image_holds_the_code_and_no_key(image, root):
     files = {path.relative_to(root / "workspace").parts[0] for path in (root / "workspace").iterdir()}
-    code = {"conf", "constraints.txt", "evaluate.py", "pyproject.toml", "train.py", "vit_attn"}
+    code = {"conf", "constraints.txt", "evaluate.py", "hydra_plugins", "pyproject.toml", "train.py", "vit_attn"}
     assert files == code | {"data", "experiments"}
     assert PLANTED not in json.dumps(image)
     # All but /opt/venv, which is installed before any of the project's own files arrive.
