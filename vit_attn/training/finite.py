@@ -5,10 +5,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, distributed
-from torch.nn.utils import get_total_norm
-from torch.optim import Optimizer
 
 from vit_attn.errors import UserError
+from vit_attn.training.module import Classifier
 
 ON_NAN = ("stop", "rewind")
 # A training that leaves out more than this does not have bad batches, it diverges.
@@ -52,19 +51,14 @@ class FiniteGuard(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._batches.append((trainer.global_step, trainer.current_epoch, batch_idx))
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if getattr(trainer.precision_plugin, "scaler", None) is None:
-            gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
-            if gradients:
-                norm = get_total_norm(gradients)
-                self._norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loss = outputs["loss"].detach().float()
+        assert isinstance(pl_module, Classifier)
+        norm = pl_module.take_gradient_norm()
         self._losses.append(loss)
-        self._norms += [torch.zeros_like(loss)] * (len(self._losses) - len(self._norms))
+        self._norms.append(norm if norm is not None else torch.zeros_like(loss))
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the Trainer's logger connector
         costs_nothing = loss.device.type == "cpu" and trainer.world_size == 1
         if costs_nothing or (batch_idx + 1) % every == 0 or trainer.is_last_batch:
@@ -79,7 +73,7 @@ class FiniteGuard(Callback):
         if not self._losses:
             return
         batches = self._batches[: len(self._losses)]
-        seen = torch.stack([torch.stack(self._losses), torch.stack(self._norms[: len(batches)]).float()], 1)
+        seen = torch.stack([torch.stack(self._losses), torch.stack(self._norms).float()], 1)
         good = seen.isfinite().int()
         if trainer.world_size > 1:  # a bad loss of one is a bad gradient of all: they must see the same
             distributed.all_reduce(good, op=distributed.ReduceOp.MIN)

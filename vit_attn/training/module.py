@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from omegaconf import DictConfig
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import CatMetric, MeanMetric, MetricCollection
@@ -22,7 +24,7 @@ from torchmetrics.classification import (
 )
 
 from vit_attn.errors import UserError, one_line
-from vit_attn.training.sharding import ShardedStrategy, is_sharded, shard
+from vit_attn.training.sharding import ShardedStrategy, gathered, is_sharded, shard
 
 CALIBRATION_BINS = 15
 
@@ -123,6 +125,7 @@ class Classifier(LightningModule):
         self.extra = dict(extra or {})
         self.left_out: Container[tuple[int, int]] = ()  # (epoch, batch) whose images are not trained on
         self._learned_something = False  # in the batches since the last step
+        self._gradient_norm: Tensor | None = None
         # Lightning's own mean over ranks rounds the number of images down, where they have unequal ones.
         self.val_loss = MeanMetric()
         self.val_acc = MulticlassAccuracy(num_classes, average="micro")
@@ -183,6 +186,28 @@ class Classifier(LightningModule):
             for parameter in self.parameters():
                 parameter.grad = None
         self._learned_something = False
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does, and keep the norm that it computes for that: the training is watched by it."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        # fp16's scaler leaves out steps whose gradient overflows by itself.
+        if gradients and getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            self._gradient_norm = get_total_norm(gradients)
+            if gradient_clip_val and gradient_clip_algorithm != GradClipAlgorithmType.VALUE:
+                clip_grads_with_norm_(parameters, gradient_clip_val, self._gradient_norm)
+                return
+        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def take_gradient_norm(self) -> Tensor | None:
+        """The norm of the last step's gradient, before it was clipped; None: it was taken, or is not known."""
+        norm, self._gradient_norm = self._gradient_norm, None
+        return gathered(norm)
 
     def _loggers_listen(self) -> bool:
         """Whether what this step logs is kept: Lightning takes most of a millisecond for a number it then drops."""
