@@ -109,7 +109,7 @@ VALUES = [
     *((["run_name="], "run_name"), (["run_name=report"], "report")),
     *((["explain_images=-1"], "explain_images"), (["explain_images=some"], "explain_images", "some")),
     *((["trainer.log_every_n_steps=often"], "trainer.log_every_n_steps", "often"),),
-    *((["trainer.gradient_clip_val=-1"], "gradient_clip_val", "-1"),),
+    *((["trainer.gradient_clip_val=-1"], "gradient_clip_val", "-1"), (["trainer.strategy=3"], "trainer.strategy", "3")),
 ]
 MODELS = [
     (["model.name=vit_tinny_patch16_224"], "vit_tinny_patch16_224", "vit_tiny_patch16_224"),

@@ -86,8 +86,8 @@ class BestCheckpoint(ModelCheckpoint):
         paths = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
         models = {here(path): score for path, score in state_dict["best_k_models"].items()}
         known = [state_dict["kth_value"], *models.values()]
-        known += [score for key in ("best_model_score", "current_score") if (score := state_dict[key]) is not None]
+        known += [state_dict[key] for key in ("best_model_score", "current_score") if state_dict[key] is not None]
         if not all(map(is_score, known)) or (models and paths["kth_best_model_path"] not in models):
             raise TypeError("what it says of the best checkpoint is no score")
         super().load_state_dict({**state_dict, **paths, "best_k_models": models, "dirpath": self.dirpath})
-        self.current_score = state_dict.get("current_score")
+        self.current_score = state_dict["current_score"]
