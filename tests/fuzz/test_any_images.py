@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from PIL import Image
-from playing import assert_run_or_one_line, check_all, examples, files_below, play
+from playing import assert_run_or_one_line, check_all, examples, files_below, play, time_limit
 
 from vit_attn.data.decode import FORMATS, BrokenImageError, decode_image, natural_size
 
@@ -182,6 +182,8 @@ def test_what_is_no_file_is_refused_at_once(place, kind):
         path.symlink_to("/dev/zero")
     with pytest.raises(BrokenImageError, match=r"No such file|not a file"):
         decode_image(str(path), 8)
+    with pytest.raises(BrokenImageError, match=r"No such file|not a file"), time_limit(10):
+        natural_size(str(path))
 
 
 FOLDER = (

@@ -2,6 +2,8 @@
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -45,17 +47,28 @@ def decode_image(path: str, size: int) -> np.ndarray:
     Raises:
         BrokenImageError: truncated, not an image, a decompression bomb, unreadable, no file.
     """
+    with _opened(path) as image:
+        # JPEG only: decode at 1/2, 1/4 or 1/8 where that still leaves twice the wanted size
+        image.draft(None, (2 * size, 2 * size))
+        rgb = _to_rgb(ImageOps.exif_transpose(image))
+        pixels = np.array(rgb).transpose(2, 0, 1)
+        return pixels if rgb.size == (size, size) else _fit(torch.from_numpy(pixels), size).numpy()
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+    """The image in a file, of which the header has been read.
+
+    Raises:
+        BrokenImageError: in place of whatever is raised, inside too: PIL's plugins raise nearly anything.
+    """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe or a device would wait for ever
             raise ValueError("not a file")
         with Image.open(path, formats=FORMATS) as image:
             _check_size(*image.size)
-            # JPEG only: decode at 1/2, 1/4 or 1/8 where that still leaves twice the wanted size
-            image.draft(None, (2 * size, 2 * size))
-            rgb = _to_rgb(ImageOps.exif_transpose(image))
-        pixels = np.array(rgb).transpose(2, 0, 1)
-        return pixels if rgb.size == (size, size) else _fit(torch.from_numpy(pixels), size).numpy()
-    except Exception as error:  # PIL's plugins raise nearly anything on a broken file
+            yield image
+    except Exception as error:
         raise BrokenImageError(f"cannot read image {path}: {_reason(error)}") from error
 
 
@@ -67,12 +80,8 @@ def _fit(pixels: torch.Tensor, size: int) -> torch.Tensor:
 
 def natural_size(path: str) -> tuple[int, int]:
     """Width and height in pixels, by the file's header alone; raises :class:`BrokenImageError`."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            _check_size(*image.size)
-            return image.size
-    except Exception as error:
-        raise BrokenImageError(f"cannot read image {path}: {_reason(error)}") from error
+    with _opened(path) as image:
+        return image.size
 
 
 def _check_size(width: int, height: int) -> None:
