@@ -135,9 +135,9 @@ def test_options_reach_every_layer():
     expected = make_pattern("fixed", num_tokens=16, num_prefix_tokens=1, window=2, causal=False)
     for layer in attention_layers(model):
         assert layer.pattern() == expected
-        torch.testing.assert_close(layer.alpha, torch.full((3,), 1.7))
+        torch.testing.assert_close(layer.core.normalizer.number(), torch.full((3,), 1.7))
     extra = [name for name, _ in model.named_parameters() if name not in timm.create_model(NAME, **TINY).state_dict()]
-    assert extra == ["blocks.0.attn.alpha_logit", "blocks.1.attn.alpha_logit"]
+    assert extra == [f"blocks.{layer}.attn.core.normalizer.alpha_logit" for layer in (0, 1)]
 
 
 # Positions
@@ -393,9 +393,15 @@ def test_learned_alphas_are_restored_from_a_checkpoint_of_this_project(tmp_path)
     kwargs = {"attention": "entmax+strided", "attention_options": {"learnable_alpha": True}, **TINY}
     source = seeded(create_vit, NAME, **kwargs)
     for depth, layer in enumerate(attention_layers(source)):
-        torch.nn.init.constant_(layer.alpha_logit, depth - 1.5)
+        torch.nn.init.constant_(layer.core.normalizer.alpha_logit, depth - 1.5)
     path = as_lightning_checkpoint(source.state_dict(), tmp_path / "weights")
     assert_same_tensors(seeded(create_vit, NAME, seed=5, weights=path, **kwargs).state_dict(), source.state_dict())
+    older = {key.replace("core.normalizer.", ""): value for key, value in source.state_dict().items()}
+    old = as_lightning_checkpoint(older, tmp_path / "older")  # α was the layer's own
+    assert_same_tensors(seeded(create_vit, NAME, seed=5, weights=old, **kwargs).state_dict(), source.state_dict())
+    loaded = seeded(create_vit, NAME, seed=5, **kwargs)
+    loaded.load_state_dict(older)
+    assert_same_tensors(loaded.state_dict(), source.state_dict())
     # A mechanism without a learned α has no place for them, and takes the rest.
     other = create_vit(NAME, weights=path, **TINY)
     assert torch.equal(other.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)

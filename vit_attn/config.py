@@ -8,8 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from vit_attn.attention import option_names
 from vit_attn.errors import UserError, printable
 
 # Keys that say where and with what a run is computed, not what it computes.
@@ -142,7 +144,9 @@ def default_run_name(*, _root_: DictConfig) -> str:
     """Name a run after its attention, its seed and a digest of all else that decides what is computed."""
     raw = OmegaConf.to_container(_root_, resolve=False)
     assert isinstance(raw, dict)
-    leaves = sorted((key, str(value)) for key, value in identity({str(k): v for k, v in raw.items()}).items())
+    found = identity({str(key): value for key, value in raw.items()})
+    # Without what is null, so that a name stays when an option is added that nobody has set.
+    leaves = sorted((key, str(value)) for key, value in found.items() if value is not None)
     digest = hashlib.sha256(json.dumps(leaves).encode()).hexdigest()[:6]
     attention = _root_.model.attention
     specs = attention if isinstance(attention, ListConfig) else [attention]
@@ -151,3 +155,5 @@ def default_run_name(*, _root_: DictConfig) -> str:
 
 
 OmegaConf.register_new_resolver("default_run_name", default_run_name, replace=True)
+# conf/model: every option of every registered normalizer, pattern and mechanism, null.
+ConfigStore.instance().store("registered", dict.fromkeys(option_names()), group="model/attention_options")

@@ -15,8 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from vit_attn import __version__
-from vit_attn.attention import attention_layers
-from vit_attn.attention.blocks import make_plan
+from vit_attn.attention import Attention, AttentionCost, attention_layers
 
 
 @torch.no_grad()
@@ -24,10 +23,10 @@ def model_cost(net: nn.Module, image_size: int, in_chans: int = 3) -> dict[str, 
     """Count the cost of one image's forward pass.
 
     Returns:
-        ``parameters``; ``flops``: multiplications and additions, as computed; ``attention_flops``: attention's two
-        products among them; ``flops_by_entries``: what is left when forbidden entries cost nothing; ``entries``,
-        ``sparsity``: allowed entries and share of forbidden ones, per layer; ``layers``: mechanism and
-        implementation, per layer; ``why``: why that implementation, per layer.
+        ``parameters``; ``flops``: multiplications and additions, as computed; ``attention_flops``: those from q, k and
+        v to attention's output among them; ``flops_by_entries``: what is left when forbidden entries cost nothing;
+        per layer ``entries``, ``sparsity``: allowed entries and share of forbidden ones, None where a mechanism forms
+        no weights; ``layers``: mechanism and implementation; ``why``: why that implementation.
     """
     layers = attention_layers(net)
     device = next(net.parameters()).device
@@ -36,27 +35,39 @@ def model_cost(net: nn.Module, image_size: int, in_chans: int = 3) -> dict[str, 
     with FlopCounterMode(display=False) as counter:
         net(torch.zeros(1, in_chans, image_size, image_size, device=device))
     net.train(training)
-    attention_flops, allowed_flops, entries, sparsity = 0, 0.0, [], []
-    for layer in layers:
-        pattern = layer.pattern()
-        assert pattern is not None
-        blocks = layer.chosen_implementation() == "blocks"
-        scores = make_plan(pattern, device).scores if blocks else pattern.size**2
-        attention_flops += 4 * scores * layer.attn_dim
-        allowed_flops += 4 * pattern.entries * layer.attn_dim
-        entries.append(pattern.entries)
-        sparsity.append(pattern.sparsity)
-    flops = counter.get_total_flops()
+    costs = [layer.cost() for layer in layers]
+    sizes = [layer.tokens().size ** 2 for layer in layers]
+    flops, attention_flops = counter.get_total_flops(), sum(cost.flops for cost in costs)
     return {
         "parameters": sum(parameter.numel() for parameter in net.parameters()),
         "flops": flops,
         "attention_flops": attention_flops,
-        "flops_by_entries": round(flops - attention_flops + allowed_flops),
-        "entries": entries,
-        "sparsity": sparsity,
-        "layers": [f"{layer.mechanism} ({layer.chosen_implementation()})" for layer in layers],
-        "why": [layer.why_chosen() for layer in layers],
+        "flops_by_entries": flops - attention_flops + sum(cost.needed_flops for cost in costs),
+        "entries": [cost.entries for cost in costs],
+        "sparsity": [
+            None if cost.entries is None else 1 - cost.entries / size for cost, size in zip(costs, sizes, strict=True)
+        ],
+        "layers": [f"{layer.mechanism} ({cost.implementation})" for layer, cost in zip(layers, costs, strict=True)],
+        "why": [
+            _why(cost, 4 * size * layer.attn_dim, layer) for cost, size, layer in zip(costs, sizes, layers, strict=True)
+        ],
     }
+
+
+def _why(cost: AttentionCost, full: int, layer: Attention) -> str:
+    if cost.flops <= full:
+        return cost.why
+    return f"{cost.why}; {cost.flops / full:.1f}x the operations of full attention over {layer.tokens().size} tokens"
+
+
+def describe_attention(cost: dict[str, Any]) -> list[str]:
+    """A line per kind of layer in what ``model_cost`` gave: how many, who computes them and why, what is forbidden."""
+    kinds = dict.fromkeys(zip(cost["layers"], cost["sparsity"], cost["entries"], cost["why"], strict=True))
+    lines = []
+    for name, sparsity, entries, why in kinds:
+        forbidden = "" if entries is None else f"{entries} entries, {100 * sparsity:.1f} % forbidden; "
+        lines.append(f"{cost['layers'].count(name)} x {name}: {forbidden}{why}")
+    return lines
 
 
 def environment() -> dict[str, Any]:

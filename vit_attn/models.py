@@ -1,6 +1,7 @@
 """create_vit(): a timm Vision Transformer whose attention is swapped, weights and all."""
 
 import logging
+import re
 import socket
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +27,8 @@ POOLS = ("token", "avg", "avgmax", "max", "map", "prr")
 POS_EMBEDS = ("learn", "sinusoidal", "none")
 # Written by Lightning in front of the network's own keys (vit_attn.training.module.Classifier.net).
 _CHECKPOINT_PREFIX = "net."
-_ALPHA = ".attn.alpha_logit"
-_ANNEALED_ALPHA = ".attn.annealed_alpha"
+# What a mechanism holds in a layer, such as α; in older checkpoints the last two as the layer's own.
+_OF_MECHANISM = re.compile(r"\.attn\.(core\.|alpha_logit$|annealed_alpha$)")
 
 
 def create_vit(
@@ -45,7 +46,8 @@ def create_vit(
     Args:
         name: a timm model built on timm's plain ``Attention`` over one token grid: ``vit_*``, ``deit*``, ….
         attention: a spec such as "entmax+strided", or a list of specs that the layers cycle through.
-        attention_options: see :class:`vit_attn.attention.AttentionOptions`.
+        attention_options: options of mechanisms, defaults for every layer: ``{"window": 8}``; ``python -m
+            vit_attn.attention`` lists them.
         pretrained: load timm's weights for ``name``.
         weights: load a local safetensors file, a timm checkpoint or a checkpoint of this project instead.
         pos_embed: "learn" (timm's), "sinusoidal" (fixed, 2-D) or "none".
@@ -65,9 +67,9 @@ def create_vit(
         raise UserError(unknown_name("model.global_pool", pool, POOLS))
     if weights is not None and pretrained:
         raise UserError("model.weights and model.pretrained=true exclude each other: choose one")
-    alphas: dict[str, Tensor] = {}
+    held: dict[str, Tensor] = {}
     if weights is not None:
-        overlay, alphas = _read_weights(user_path("model.weights", str(weights)))
+        overlay, held = _read_weights(user_path("model.weights", str(weights)))
         if pos_embed == "none":
             overlay["state_dict"].pop("pos_embed", None)
         timm_kwargs |= {"pretrained": True, "pretrained_cfg_overlay": overlay}
@@ -80,8 +82,8 @@ def create_vit(
     if weights is not None:
         _check_complete(model, overlay["state_dict"], weights)
     _swap_attention(model, mechanisms)
-    if alphas:
-        _load_alphas(model, alphas)
+    if held:
+        _load_mechanisms(model, held)
     if pos_embed == "sinusoidal":
         _fix_sinusoidal(name, model)
     return model
@@ -147,7 +149,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a state dict, without unpickling code, as an overlay of timm's pretrained configuration.
 
     Returns:
-        The overlay, and the learned α of a checkpoint of this project, which timm's model has no place for.
+        The overlay, and what mechanisms hold in a checkpoint of this project, which timm's model has no place for.
     """
     if not path.is_file():
         raise UserError(f"model.weights={path}: no such file")
@@ -163,14 +165,12 @@ def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         state = {key.removeprefix(_CHECKPOINT_PREFIX): value for key, value in ours.items()}
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"model.weights={path}: holds no state dict of tensors")
-    alphas = {key: state.pop(key) for key in [key for key in state if key.endswith(_ALPHA)]}
-    # Where α had come to is the source's: a model that anneals starts where its own option says.
-    state = {key: value for key, value in state.items() if not key.endswith(_ANNEALED_ALPHA)}
+    held = {key: state.pop(key) for key in [key for key in state if _OF_MECHANISM.search(key)]}
     overlay: dict[str, Any] = {"state_dict": state, "custom_load": False}
     # timm drops the head where the classes differ from what its configuration says of the source.
     head = state.get("head.weight")
     overlay["num_classes"] = 0 if head is None else head.shape[0]
-    return overlay, alphas
+    return overlay, held
 
 
 def _check_complete(model: Any, state: dict[str, Tensor], weights: str | Path) -> None:
@@ -190,12 +190,19 @@ def _check_complete(model: Any, state: dict[str, Tensor], weights: str | Path) -
         )
 
 
-def _load_alphas(model: nn.Module, alphas: dict[str, Tensor]) -> None:
-    own = dict(model.named_parameters())
-    with torch.no_grad():
-        for key, value in alphas.items():
-            if key in own and own[key].shape == value.shape:
-                own[key].copy_(value)
+def _load_mechanisms(model: nn.Module, held: dict[str, Tensor]) -> None:
+    """Load what the mechanisms of a checkpoint hold into the layers that have a place for it."""
+    for layer, block in enumerate(model.blocks):  # type: ignore[arg-type]  # of timm
+        prefix = f"blocks.{layer}.attn."
+        core = block.attn.core
+        own = core.state_dict()
+        names = {key.removeprefix(prefix).removeprefix("core."): key for key in held if key.startswith(prefix)}
+        found = {}
+        for name, value in own.items():
+            key = names.get(name) or names.get(name.rpartition(".")[2])
+            if key is not None and held[key].shape == value.shape and core.inherits(name):
+                found[name] = held[key]
+        core.load_state_dict({**own, **found})
 
 
 def _refuse_unless_vit(name: str) -> None:
@@ -231,8 +238,7 @@ def _check_swappable(name: str, model: Any, mechanisms: list[Mechanism]) -> None
     others = [path for path, module in model.named_modules() if type(module) is TimmAttention]
     if len(others) != len(model.blocks):
         _refuse(name, f"it has {len(others)} attentions in {len(model.blocks)} blocks")
-    moved = any(mechanism.pattern != "full" or mechanism.options.causal for mechanism in mechanisms)
-    if moved and not isinstance(model.patch_drop, nn.Identity):
+    if any(mechanism.positional for mechanism in mechanisms) and not isinstance(model.patch_drop, nn.Identity):
         raise UserError(
             "model.patch_drop_rate drops and reorders tokens, so a pattern loses its positions: set it to 0"
         )
@@ -262,17 +268,17 @@ class _DynamicGrid:
 
 def _swap_attention(model: Any, mechanisms: list[Mechanism]) -> None:
     grid = _DynamicGrid(model.patch_embed) if model.dynamic_img_size else model.patch_embed
-    for depth, block in enumerate(model.blocks):
-        block.attn = Attention(
-            block.attn,
-            mechanisms[depth % len(mechanisms)],
-            num_prefix_tokens=model.num_prefix_tokens,
-            grid=grid,
-            layer=depth,
-        )
-    with user_errors("model.attention_options"):
+    with user_errors("model.attention"):
+        for depth, block in enumerate(model.blocks):
+            block.attn = Attention(
+                block.attn,
+                mechanisms[depth % len(mechanisms)],
+                num_prefix_tokens=model.num_prefix_tokens,
+                grid=grid,
+                layer=depth,
+            )
         for layer in attention_layers(model):
-            layer.pattern()
+            layer.mechanism.check(layer.tokens())
 
 
 def _fix_sinusoidal(name: str, model: Any) -> None:

@@ -5,17 +5,32 @@ import pytest
 import torch
 from torch import Tensor
 
-from vit_attn.attention import kernels
+from vit_attn.attention.engine.plan import lowest as lowest_score
+from vit_attn.attention.normalizers import entmax as kernels
+from vit_attn.attention.normalizers.base import Parameter
+from vit_attn.attention.normalizers.softmax import SoftmaxKernel
 
 EXCESSES = (0.01, 0.3, 0.5, 0.8, 1.0)
+SOFTMAX = SoftmaxKernel()
 DTYPES = (torch.float32, torch.float64)
 every_excess = pytest.mark.parametrize("e", EXCESSES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp64"])
 
 
-def given(e: float, dtype: torch.dtype) -> kernels.Excess:
+def given(e: float, dtype: torch.dtype) -> Parameter:
     """An excess as the kernels are given it."""
-    return kernels.excess(1 + e, torch.empty(0, dtype=dtype)) if e in (0.5, 1.0) else torch.full((1, 1), e, dtype=dtype)
+    return (
+        kernels.KERNEL.parameter(1 + e, torch.empty(0, dtype=dtype))
+        if e in (0.5, 1.0)
+        else torch.full((1, 1), e, dtype=dtype)
+    )
+
+
+def rows_gradient(p: Tensor, g: Tensor, e: Parameter) -> tuple[Tensor, Tensor]:
+    """Gradients to scores and to α, empty where it is a number; an excess of 0 is softmax."""
+    if isinstance(e, float) and e == 0:
+        return SOFTMAX.scores_gradient(p, g, e), p.new_empty(0)
+    return kernels.rows_gradient(p, g, e, to_alpha=isinstance(e, Tensor))
 
 
 def bisection(x: Tensor, e: float) -> Tensor:
@@ -89,7 +104,7 @@ def test_hard_rows_equal_the_package_which_sorts(rows, e, expected):
 @pytest.mark.parametrize("e", [0.8, 1.0])
 def test_where_the_first_attempt_falls_short_the_second_is_taken(e, dtype):
     x = (staircase(11) / e).to(dtype)
-    first, *_, error = kernels.attempt(x, given(e, dtype))
+    first, *_, error = kernels.KERNEL.attempt(x, given(e, dtype))
     wanted = bisection(x, e)
     assert not kernels.converged(error)
     assert error > 0.01
@@ -120,16 +135,16 @@ def test_forbidden_entries_are_exactly_0_whichever_way_they_are_written(e, dtype
     lowest[7], infinite[7] = True, False
     lowest[7, 4] = False  # a row of one allowed entry
     forbidden = lowest | infinite
-    written = x.masked_fill(lowest, kernels.lowest(dtype)).masked_fill(infinite, float("-inf"))
+    written = x.masked_fill(lowest, lowest_score(dtype)).masked_fill(infinite, float("-inf"))
     form = 0.0 if e == 0 else given(e, dtype)
-    p = kernels.normalize_rows(written, form)
+    p = SOFTMAX.attempt(written, form)[0] if e == 0 else kernels.normalize_rows(written, form)
     assert (p[forbidden] == 0).all()
     for row in range(8):
         alone = x[row][~forbidden[row]][None]
         wanted = alone.double().softmax(-1) if e == 0 else bisection(alone, e)
         torch.testing.assert_close(p[row][~forbidden[row]].double(), wanted[0], atol=2e-6, rtol=0)
     g = draw(8, 40, seed=1).to(dtype)
-    d_x, d_alpha = kernels.rows_gradient(p, g, form, to_alpha=isinstance(form, Tensor))
+    d_x, d_alpha = rows_gradient(p, g, form)
     assert (d_x[forbidden] == 0).all()
     assert d_x.isfinite().all()
     assert d_alpha.isfinite().all()
@@ -145,7 +160,8 @@ def test_gradients_equal_central_differences(e):
         return (g * (x.softmax(-1) if excess == 0 else bisection(x, excess))).sum(-1, keepdim=True)
 
     to_alpha = isinstance(form, Tensor)
-    d_x, d_alpha = kernels.rows_gradient(kernels.normalize_rows(x, form), g, form, to_alpha)
+    p = x.softmax(-1) if e == 0 else kernels.normalize_rows(x, form)
+    d_x, d_alpha = rows_gradient(p, g, form)
     step = 1e-6
     for column in range(12):
         nudge = step * torch.eye(12, dtype=torch.float64)[column]

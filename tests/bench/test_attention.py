@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from vit_attn.attention import IMPLEMENTATIONS, NORMALIZERS, PATTERNS, attention
+from vit_attn.attention import IMPLEMENTATIONS, MECHANISMS, NORMALIZERS, PATTERNS, attention
 from vit_attn.bench import attention as suite
 from vit_attn.bench import cases, targets
 from vit_attn.bench.cases import PASSES, make_inputs, own_cases, rival_cases, step
@@ -142,7 +142,8 @@ def test_targets_can_be_had_alone_or_left_out(bench, monkeypatch):
     rows = [[cell.strip() for cell in line.split("│")] for line in without.out.splitlines() if line.startswith("│")]
     assert {row[2] for row in rows} == {"forward"}
     assert [row[3] for row in rows if row[4] == "dense"] == ["softmax+fixed"]
-    assert len(rows) == 6  # and five rivals
+    assert [row[3] for row in rows if row[4] == "kernel"] == list(MECHANISMS)
+    assert len(rows) == 6 + len(MECHANISMS)  # and five rivals
 
 
 def results_of(sizes, sdpa, own):

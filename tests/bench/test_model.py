@@ -59,18 +59,14 @@ def test_attention_alone_meets_what_a_layer_meets(monkeypatch, dtype):
     shape = Shape(image_size=8, patch_size=2, embed_dim=24, depth=2, heads=3, batch=5, dtype=dtype)
     net = build("entmax15+strided", shape, CPU)
     met = []
-    original = suite.attention
-
-    def watched(q, k, v, **options):
-        met.append((q.shape, q.dtype, options["normalizer"], options["pattern"], options["implementation"]))
-        return original(q, k, v, **options)
-
-    monkeypatch.setattr("vit_attn.attention.layer.attention", watched)
+    for layer in attention_layers(net):
+        layer.core.register_forward_pre_hook(
+            lambda core, args: met.append((core, args[0].shape, args[0].dtype, args[3]))
+        )
     training_step(net, shape, seed=0)()
     assert len(met) == shape.depth
     in_model = met.copy()
     met.clear()
-    monkeypatch.setattr(suite, "attention", watched)
     q_grad, _, _ = attention_alone(net, shape, seed=0)()
     assert met == in_model[:1]
     assert q_grad.shape == (5, 3, 17, 8)  # 16 patches and a class token
@@ -79,7 +75,7 @@ def test_attention_alone_meets_what_a_layer_meets(monkeypatch, dtype):
 def test_the_implementation_reaches_the_layers():
     for implementation in ("dense", "fused"):
         (first, *_) = attention_layers(build("strided", SHAPE, CPU, implementation=implementation))
-        assert first.chosen_implementation() == implementation
+        assert first.cost().implementation == implementation
 
 
 def test_the_table_follows_from_the_seconds_of_every_round(bench, tmp_path):
@@ -119,7 +115,7 @@ def test_a_model_that_fails_is_a_note_and_the_others_go_on(bench, monkeypatch, t
     original = suite.training_step
 
     def failing(net, shape, *, seed):
-        if attention_layers(net)[0].mechanism.pattern == "full":
+        if attention_layers(net)[0].pattern().is_full:
             return lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory"))
         return original(net, shape, seed=seed)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vit_attn.attention import Attention, attention_layers
+from vit_attn.attention.normalizers.entmax import AlphaCore, annealing_cores
 from vit_attn.errors import UserError
 from vit_attn.models import create_vit
 from vit_attn.training.annealing import AlphaAnnealing
@@ -41,7 +41,7 @@ def watch(monkeypatch, *, stop=None):
     def watched(self, *args):
         if len(seen.steps) == stop:
             raise StoppedError
-        alphas = torch.cat([layer.alpha for layer in attention_layers(self.net) if layer.anneals] or [torch.ones(1)])
+        alphas = torch.cat([core.number() for core in annealing_cores(self.net)] or [torch.ones(1)])
         assert (alphas == alphas[0]).all()
         seen.steps.append(self.trainer.global_step)
         seen.alphas.append(float(alphas[0]))
@@ -133,7 +133,9 @@ def test_the_layers_of_entmax_alone_anneal(train, no_pictures, monkeypatch):
     limits = ("trainer.limit_train_batches=2", "test=false", "model.attention=[strided,entmax+strided]")
     run = train(*ANNEALED, *limits)
     state = load(run.last)["state_dict"]
-    assert [key for key in state if key.endswith("annealed_alpha")] == ["net.blocks.1.attn.annealed_alpha"]
+    assert [key for key in state if key.endswith("annealed_alpha")] == [
+        "net.blocks.1.attn.core.normalizer.annealed_alpha"
+    ]
     assert alphas_of(run.last) == {float(np.float32(1.7))}
 
 
@@ -150,7 +152,7 @@ def test_nothing_happens_where_no_layer_anneals(train, no_pictures, monkeypatch,
     def refuse(self, progress):
         raise AssertionError("an α that is not annealed was moved")
 
-    monkeypatch.setattr(Attention, "anneal_alpha", refuse)
+    monkeypatch.setattr(AlphaCore, "anneal", refuse)
     run = train(*options, "trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "test=false")
     assert not [line for line in (run.root / "logs" / "train.log").read_text().splitlines() if " alpha  " in line]
     assert not [key for key in load(run.last)["state_dict"] if "annealed" in key]

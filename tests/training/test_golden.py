@@ -145,7 +145,9 @@ def test_no_two_mechanisms_have_the_same_losses(first_steps):
 def test_mechanisms_start_from_the_same_weights_and_see_the_same_augmented_batches(first_steps, mechanism):
     ours, theirs = first_steps(mechanism), first_steps("softmax")
     added = {name for name in ours.weights if name not in theirs.weights}
-    assert added == ({f"blocks.{i}.attn.alpha_logit" for i in (0, 1)} if mechanism == "learned alpha" else set())
+    assert added == (
+        {f"blocks.{i}.attn.core.normalizer.alpha_logit" for i in (0, 1)} if mechanism == "learned alpha" else set()
+    )
     assert all(torch.equal(value, ours.weights[name]) for name, value in theirs.weights.items())
     assert len(ours.batches) == len(theirs.batches) == 3
     for left, right in zip(ours.batches + ours.targets, theirs.batches + theirs.targets, strict=True):

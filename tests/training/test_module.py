@@ -67,7 +67,7 @@ def test_weight_decay_is_on_matrices_alone():
     assert {name for name, parameter in named.items() if decayed[id(parameter)] == 0.3} == by_hand
     bare = {name for name, parameter in named.items() if decayed[id(parameter)] == 0}
     assert bare == named.keys() - by_hand
-    assert {"pos_embed", "cls_token", "reg_token", "norm.weight", "blocks.0.attn.alpha_logit"} <= bare
+    assert {"pos_embed", "cls_token", "reg_token", "norm.weight", "blocks.0.attn.core.normalizer.alpha_logit"} <= bare
 
 
 def test_optimizer_takes_its_options_and_leaves_fixed_positions_alone():

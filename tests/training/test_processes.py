@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from vit_attn.attention import attention_layers
+from vit_attn.attention.normalizers.entmax import annealing_cores
 from vit_attn.config import differences, plain
 from vit_attn.errors import LostRankError, UserError
 from vit_attn.models import create_vit
@@ -310,8 +310,9 @@ def test_a_sharded_net_computes_and_comes_together_as_it_was(alone):
     images, state = torch.rand(4, 3, 8, 8), {name: value.clone() for name, value in net.state_dict().items()}
     logits = net(images)
     shard(net, alone)
-    attention_layers(net)[1].anneal_alpha(0.5)
-    state["blocks.1.attn.annealed_alpha"] = attention_layers(net)[1].alpha.clone()
+    core = annealing_cores(net)[1]
+    core.anneal(0.5)
+    state["blocks.1.attn.core.normalizer.annealed_alpha"] = core.number().clone()
     assert all(isinstance(parameter, DTensor) for parameter in net.parameters())
     together = whole_net(net)
     assert not any(isinstance(parameter, DTensor) for parameter in together.parameters())

@@ -7,100 +7,91 @@ a function with the signature of :func:`_dense` and a line in :data:`IMPLEMENTAT
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vit_attn.attention.blocks import make_plan
-from vit_attn.attention.engine import blocks
+from vit_attn.attention.engine import blocks, make_plan
+from vit_attn.attention.mechanism import apply_weights, working_dtype
 from vit_attn.attention.names import unknown_name
-from vit_attn.attention.normalizers import ALPHAS, NORMALIZERS, check_alpha, check_normalizer, working_dtype
-from vit_attn.attention.patterns import Full, Pattern, make_pattern
+from vit_attn.attention.normalizers import NORMALIZERS, Normalizer
+from vit_attn.attention.normalizers.entmax import check_alpha, forward_mode
+from vit_attn.attention.patterns import Pattern, make_pattern
 
 
-def _is_full(pattern: Pattern | None) -> bool:
-    return pattern is None or (isinstance(pattern, Full) and not pattern.causal)
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """How scores become weights.
+
+    Args:
+        normalizer: see :mod:`vit_attn.attention.normalizers`.
+        number: of the normalizer, such as α, or (H,).
+        pattern: over N tokens; None where every key is allowed.
+        scale: factor on the scores; None: D^-0.5.
+    """
+
+    normalizer: Normalizer
+    number: float | Tensor
+    pattern: Pattern | None = None
+    scale: float | None = None
+
+    def factor(self, q: Tensor) -> float:
+        """The factor on the scores."""
+        return float(q.shape[-1] ** -0.5) if self.scale is None else self.scale
 
 
-def allowed_mask(pattern: Pattern | None, device: torch.device) -> Tensor | None:
-    """(N, N) bool of what ``pattern`` allows, kept with the pattern; None where nothing is forbidden."""
-    if pattern is None or _is_full(pattern):
-        return None
+@torch.compiler.assume_constant_result
+def allowed_mask(pattern: Pattern, device: str) -> Tensor:
+    """(N, N) bool of what ``pattern`` allows, kept with the pattern."""
     mask = pattern.masks.get(device)
     if mask is None:
-        mask = pattern.masks[device] = pattern.allowed(device)
+        mask = pattern.allowed(device)
+        if type(mask) is Tensor:  # not the stand-in of a graph that is being traced
+            pattern.masks[device] = mask
     return mask
 
 
-def _factor(q: Tensor, scale: float | None) -> float:
-    return float(q.shape[-1] ** -0.5) if scale is None else scale
+def dense_weights(q: Tensor, k: Tensor, rule: Rule) -> Tensor:
+    """(B, H, N, N) in fp32 or fp64: masked scores, normalized."""
+    with torch.autocast(q.device.type, enabled=False):
+        dtype = working_dtype(q.dtype)
+        scores = (q.to(dtype) * rule.factor(q)) @ k.to(dtype).transpose(-2, -1)
+        if rule.pattern is not None and not rule.pattern.is_full:
+            scores = scores.masked_fill(~allowed_mask(rule.pattern, str(q.device)), float("-inf"))
+        return rule.normalizer.weights(scores, rule.number)
+
+
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, rule: Rule, attn_drop: nn.Dropout | None, return_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Masked scores, in fp32 whatever autocast says: the reference, and the one whose weights can be seen."""
+    return apply_weights(dense_weights(q, k, rule), v, attn_drop)
+
+
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, rule: Rule, attn_drop: nn.Dropout | None, return_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """torch's scaled_dot_product_attention, which never shows its weights."""
+    full = rule.pattern is None or rule.pattern.is_full
+    mask = None if full else allowed_mask(rule.pattern, str(q.device))
+    dropout_p = _dropout_p(attn_drop)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=rule.scale), None
+
+
+def _blocks(
+    q: Tensor, k: Tensor, v: Tensor, rule: Rule, attn_drop: nn.Dropout | None, return_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The sparse engine: allowed entries alone, see :mod:`vit_attn.attention.engine`."""
+    pattern = None if rule.pattern is None or rule.pattern.is_full else rule.pattern
+    name, factor = rule.normalizer.name, rule.factor(q)
+    return blocks(q, k, v, pattern, name, rule.number, factor, _dropout_p(attn_drop), return_weights)
 
 
 def _dropout_p(attn_drop: nn.Dropout | None) -> float:
     return attn_drop.p if attn_drop is not None and attn_drop.training else 0.0
-
-
-def _dense(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    normalizer: str,
-    pattern: Pattern | None,
-    alpha: float | Tensor,
-    scale: float | None,
-    attn_drop: nn.Dropout | None,
-    return_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Masked scores, in fp32 whatever autocast says: the reference, and the one whose weights can be seen."""
-    with torch.autocast(q.device.type, enabled=False):
-        wide = working_dtype(q.dtype)
-        scores = (q.to(wide) * _factor(q, scale)) @ k.to(wide).transpose(-2, -1)
-        mask = allowed_mask(pattern, q.device)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        if isinstance(alpha, Tensor):
-            alpha = alpha[:, None, None]
-        weights = NORMALIZERS[normalizer](scores, alpha)
-        if attn_drop is not None:
-            weights = attn_drop(weights)
-        return (weights @ v.to(wide)).to(v.dtype), weights
-
-
-def _fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    normalizer: str,
-    pattern: Pattern | None,
-    alpha: float | Tensor,
-    scale: float | None,
-    attn_drop: nn.Dropout | None,
-    return_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """torch's scaled_dot_product_attention, which never shows its weights."""
-    mask = allowed_mask(pattern, q.device)
-    dropout_p = _dropout_p(attn_drop)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale), None
-
-
-def _blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    normalizer: str,
-    pattern: Pattern | None,
-    alpha: float | Tensor,
-    scale: float | None,
-    attn_drop: nn.Dropout | None,
-    return_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The sparse engine: allowed entries alone, see :mod:`vit_attn.attention.engine`."""
-    known = ALPHAS[normalizer]
-    pattern = None if _is_full(pattern) else pattern
-    number = alpha if known is None else known
-    return blocks(q, k, v, pattern, number, _factor(q, scale), _dropout_p(attn_drop), return_weights)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
@@ -118,23 +109,13 @@ _MOST_SCORES_ON_GPU = 1 / 8
 _MOST_DENSE_KEYS = 1024
 
 
-def _choose(normalizer: str, pattern: Pattern | None, device: torch.device, num_keys: int) -> str:
-    if normalizer in ALPHAS:
-        if pattern is not None and pattern.layout() is not None:
-            most = _MOST_SCORES if device.type == "cpu" else _MOST_SCORES_ON_GPU
-            if make_plan(pattern, device).scores <= most * pattern.size**2:
-                return "blocks"
-        if normalizer != "softmax" and num_keys > _MOST_DENSE_KEYS:
-            return "blocks"
-    return "fused" if normalizer == "softmax" else "dense"
-
-
+@torch.compiler.assume_constant_result
 def choose_implementation(
     implementation: str,
     normalizer: str,
     pattern: Pattern | None = None,
     *,
-    device: torch.device | None = None,
+    device: str = "cpu",
     num_keys: int = 0,
     return_weights: bool = False,
 ) -> str:
@@ -149,24 +130,41 @@ def choose_implementation(
     Raises:
         ValueError: an unknown name, or a case that the implementation does not take.
     """
+    kernel = NORMALIZERS[normalizer].kernel
     if implementation == "auto":
         if return_weights:
             return "dense"
-        return _choose(normalizer, pattern, device or torch.device("cpu"), num_keys)
-    if implementation not in IMPLEMENTATIONS:
+        if kernel is not None:
+            if pattern is not None and pattern.has_components:
+                most = _MOST_SCORES if torch.device(device).type == "cpu" else _MOST_SCORES_ON_GPU
+                if make_plan(pattern, torch.device(device)).scores <= most * pattern.size**2:
+                    return "blocks"
+            if normalizer != "softmax" and num_keys > _MOST_DENSE_KEYS:
+                return "blocks"
+        return "fused" if normalizer == "softmax" else "dense"
+    check_implementation(implementation, normalizer)
+    if implementation == "fused" and return_weights:
+        raise ValueError("implementation 'fused' never forms the weights: use 'auto' or 'dense' to see them")
+    return implementation
+
+
+def check_implementation(implementation: str, normalizer: str) -> None:
+    """Refuse an implementation that does not exist, or does not take this normalizer.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if implementation not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(unknown_name("implementation", implementation, ["auto", *IMPLEMENTATIONS]))
     if implementation == "fused" and normalizer != "softmax":
         raise ValueError(f"implementation 'fused' computes softmax only, not {normalizer!r}: use 'auto' or 'dense'")
-    if implementation == "fused" and return_weights:
-        raise ValueError("implementation 'fused' never forms the weights: use 'auto' or 'dense' to see them")
-    if implementation == "blocks" and normalizer not in ALPHAS:
-        raise ValueError(f"implementation 'blocks' computes softmax and entmax, not {normalizer!r}: use 'dense'")
-    return implementation
+    if implementation == "blocks" and NORMALIZERS[normalizer].kernel is None:
+        raise ValueError(f"implementation 'blocks' has no kernel for {normalizer!r}: use 'auto' or 'dense'")
 
 
 def explain_choice(chosen: str, pattern: Pattern | None, device: torch.device) -> str:
     """Say in a few words why ``auto`` chose as it did."""
-    if pattern is None or pattern.layout() is None:
+    if pattern is None or not pattern.has_components:
         reasons = {"blocks": "whole rows, a few at a time", "dense": "whole rows", "fused": "torch's own kernel"}
         return reasons[chosen]
     share = make_plan(pattern, device).scores / pattern.size**2
@@ -222,7 +220,7 @@ def attention(
 
     Args:
         q, k, v: (B, H, N, D).
-        normalizer: softmax, sparsemax, entmax15 or entmax.
+        normalizer: a key of ``NORMALIZERS``: softmax, sparsemax, entmax15, entmax, ….
         pattern: from :func:`make_pattern`, of size N; a name stands for that pattern with its defaults over N patch
             tokens in a square grid; None allows every key.
         alpha: for ``entmax`` only: a number in (1, 2], or a tensor of shape (H,), which then gets a gradient.
@@ -236,23 +234,31 @@ def attention(
 
     Raises:
         ValueError: names, shapes, α or an implementation that do not fit.
+        RuntimeError: a derivative that the implementation does not have; ``dense`` has all.
     """
-    check_normalizer(normalizer)
+    if normalizer not in NORMALIZERS:
+        raise ValueError(unknown_name("normalizer", normalizer, NORMALIZERS))
     if isinstance(pattern, str):
         pattern = make_pattern(pattern, num_tokens=q.shape[-2])
     if pattern is not None and not q.shape[-2] == k.shape[-2] == pattern.size:
         raise ValueError(f"a pattern over {pattern.size} tokens met {q.shape[-2]} queries, {k.shape[-2]} keys")
-    if normalizer == "entmax":
+    kind = NORMALIZERS[normalizer]
+    number: float | Tensor = kind().number()
+    if "alpha" in kind.options():
+        check_alpha(alpha)
         if isinstance(alpha, Tensor):
             if alpha.numel() not in (1, q.shape[1]):
                 raise ValueError(f"alpha has {alpha.numel()} values for {q.shape[1]} heads")
-            alpha = alpha.reshape(-1).expand(q.shape[1])
+            number = alpha.reshape(-1).expand(q.shape[1])
         else:
-            check_alpha(alpha)
+            number = float(alpha)
+    if implementation == "auto" and forward_mode():
+        implementation = "dense"  # the one that has these derivatives
     chosen = choose_implementation(
-        implementation, normalizer, pattern, device=q.device, num_keys=k.shape[-2], return_weights=return_weights
+        implementation, normalizer, pattern, device=str(q.device), num_keys=k.shape[-2], return_weights=return_weights
     )
-    out, weights = IMPLEMENTATIONS[chosen](q, k, v, normalizer, pattern, alpha, scale, attn_drop, return_weights)
+    rule = Rule(kind(), number, pattern, scale)
+    out, weights = IMPLEMENTATIONS[chosen](q, k, v, rule, attn_drop, return_weights)
     if not return_weights:
         return out
     assert weights is not None

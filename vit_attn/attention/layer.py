@@ -1,20 +1,17 @@
 """The nn.Module that replaces timm's ``Attention``, and a way to look at its weights."""
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Optional, Protocol  # torch.jit reads Optional
 
 import torch
 from torch import Tensor, nn
 
-from vit_attn.attention.functional import attention, choose_implementation, explain_choice
+from vit_attn.attention.masked import MaskedCore
+from vit_attn.attention.mechanism import AttentionCost, Mechanism, Tokens
 from vit_attn.attention.patterns import Pattern
-from vit_attn.attention.spec import Mechanism
+from vit_attn.attention.scripted import attend
 
-# A learned α stays in this range: the gradient to α divides by (α-1)².
-ALPHA_MIN, ALPHA_MAX = 1.01, 2.0
 # The submodules and numbers of timm's Attention, kept under their names: state-dict keys and attention extractors
 # go on working.
 _KEPT = (
@@ -23,12 +20,6 @@ _KEPT = (
 )
 
 Observer = Callable[[int, Tensor], None]
-
-
-@lru_cache(maxsize=256)
-def _lay(mechanism: Mechanism, num_prefix_tokens: int, grid_size: tuple[int, int]) -> Pattern:
-    """One pattern, and so one mask, for all layers that ask for the same."""
-    return mechanism.make_pattern(grid_size[0] * grid_size[1], num_prefix_tokens, grid_size)
 
 
 class HasGrid(Protocol):
@@ -45,17 +36,19 @@ class Attention(nn.Module):
 
     Args:
         source: the timm ``Attention`` whose submodules are shared.
-        mechanism: normalizer, pattern and options.
+        mechanism: what computes the output from q, k and v.
         num_prefix_tokens: tokens before the patch grid.
         grid: tells the patch grid's size at every forward, so that ``set_input_size`` needs no second call.
         layer: index of the block, passed to observers.
+
+    Raises:
+        ValueError: dropout on weights that the mechanism does not form.
     """
 
     num_heads: int
     head_dim: int
     attn_dim: int
     fused_attn: bool
-    annealed_alpha: Tensor
     qkv: nn.Linear
     q_norm: nn.Module
     k_norm: nn.Module
@@ -64,6 +57,8 @@ class Attention(nn.Module):
     gate: nn.Module | None
     proj: nn.Module
     proj_drop: nn.Module
+
+    __jit_unused_properties__ = ["grid_size"]  # noqa: RUF012  # of torch.jit
 
     def __init__(
         self,
@@ -75,57 +70,25 @@ class Attention(nn.Module):
         layer: int = 0,
     ) -> None:
         super().__init__()
+        weight: Tensor = source.qkv.weight  # type: ignore[union-attr, assignment]
+        drop: float = source.attn_drop.p  # type: ignore[union-attr, assignment]
+        if drop > 0 and not mechanism.drops_weights:
+            raise ValueError(
+                f"attn_drop_rate={drop}: {mechanism.name} forms no weights to drop; use proj_drop_rate instead"
+            )
+        # First, so that its parameters stand where they stood when they were the layer's own.
+        self.core = mechanism.build(source.num_heads, source.head_dim, layer).to(weight.device)  # type: ignore[arg-type]
         for name in _KEPT:
             setattr(self, name, getattr(source, name))
         self.mechanism = mechanism
+        self.spec, self.asked = str(mechanism), mechanism.asked
         self.num_prefix_tokens = num_prefix_tokens
         self.layer = layer
         # In a tuple, so that the patch embedding does not become a submodule of every block.
         self._grid = (grid,)
-        # The pattern last used and what it was made for: a plain attribute check, which torch.compile can trace.
-        self._laid: tuple[tuple[int, int], Pattern | None] = ((0, 0), None)
-        self._chosen: tuple[object, str] = (None, "")
+        self._scripted_grid = (0, 0)
         self.observer: Observer | None = None
-        if mechanism.learnable_alpha:
-            self.alpha_logit = nn.Parameter(self._initial_alpha_logit())
-        elif mechanism.anneal_alpha_from is not None:
-            # A buffer, so that checkpoints have it and a new value is no new constant to torch.compile; of every head,
-            # as a learned one is, so that what reads or draws α knows one shape.
-            start = torch.full((self.num_heads,), mechanism.anneal_alpha_from, dtype=torch.float32)
-            self.register_buffer("annealed_alpha", start.to(self.qkv.weight.device))
         self.train(source.training)
-
-    def _initial_alpha_logit(self) -> Tensor:
-        # Short of the ends, where the sigmoid has no gradient.
-        share = (self.mechanism.alpha - ALPHA_MIN) / (ALPHA_MAX - ALPHA_MIN)
-        share = min(max(share, 0.01), 0.99)
-        weight = self.qkv.weight
-        return torch.full((self.num_heads,), math.log(share / (1 - share)), dtype=weight.dtype, device=weight.device)
-
-    @property
-    def alpha(self) -> float | Tensor:
-        """Entmax's α: a number, or a tensor (H,): in (1.01, 2) where it is learned, as it stands where annealed."""
-        if self.mechanism.learnable_alpha:
-            return ALPHA_MIN + (ALPHA_MAX - ALPHA_MIN) * self.alpha_logit.float().sigmoid()
-        return self.annealed_alpha.float() if self.anneals else self.mechanism.alpha
-
-    @property
-    def anneals(self) -> bool:
-        """Whether α is moved by :meth:`anneal_alpha`."""
-        return self.mechanism.anneal_alpha_from is not None
-
-    @torch.no_grad()
-    def anneal_alpha(self, progress: float) -> None:
-        """Move an annealed α to this share, from 0 to 1, of the way to ``alpha``; not between forward and backward."""
-        start = self.mechanism.anneal_alpha_from
-        assert start is not None
-        assert 0 <= progress <= 1
-        # Exact at both ends.
-        self.annealed_alpha.fill_((1 - progress) * start + progress * self.mechanism.alpha)
-
-    def alpha_has_arrived(self) -> bool:
-        """Whether α is what ``alpha`` says; waits for the device where it is annealed."""
-        return not self.anneals or bool((self.annealed_alpha == self.mechanism.alpha).all())
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -133,8 +96,8 @@ class Attention(nn.Module):
         height, width = self._grid[0].grid_size
         return height, width
 
-    def pattern(self, size: int | None = None) -> Pattern | None:
-        """The pattern over the patch grid as it is now; None where every key is allowed.
+    def tokens(self, size: int | None = None) -> Tokens:
+        """What the mechanism is told of positions.
 
         Args:
             size: N, tokens that come in; default: what the grid holds.
@@ -142,44 +105,46 @@ class Attention(nn.Module):
         Raises:
             ValueError: N tokens that are not the grid's, so that positions would be guessed.
         """
-        height, width = self.grid_size
-        if size is None:
-            size = self.num_prefix_tokens + height * width
-        elif size != self.num_prefix_tokens + height * width:
-            if self.mechanism.pattern == "full" and not self.mechanism.options.causal:
-                return None
-            raise ValueError(
-                f"{self.mechanism}: {size} tokens came in, but {self.num_prefix_tokens} prefix tokens and a patch "
-                f"grid of {height}x{width} make {self.num_prefix_tokens + height * width}"
-            )
-        if self._laid[0] != (height, width):
-            self._laid = (height, width), _lay(self.mechanism, self.num_prefix_tokens, (height, width))
-        return self._laid[1]
+        tokens = Tokens(self.grid_size, self.num_prefix_tokens)
+        if size is None or size == tokens.size:
+            return tokens
+        if not self.mechanism.positional:
+            return Tokens((1, size), 0)
+        height, width = tokens.grid
+        raise ValueError(
+            f"{self.mechanism}: {size} tokens came in, but {self.num_prefix_tokens} prefix tokens and a patch "
+            f"grid of {height}x{width} make {tokens.size}"
+        )
 
-    def chosen_implementation(self, size: int | None = None) -> str:
-        """Which implementation runs when nobody looks at the weights, for N tokens (default: what the grid holds)."""
-        pattern = self.pattern(size)
-        asked = self.mechanism.implementation
-        # timm's own switch: its users turn it off to hook the weights behind attn_drop.
-        if asked == "auto" and not self.fused_attn:
-            return "dense"
-        device = self.qkv.weight.device
-        case = (pattern, size, device)
-        if self._chosen[0] != case:
-            num_keys = pattern.size if pattern is not None else size or 0
-            chosen = choose_implementation(asked, self.mechanism.normalizer, pattern, device=device, num_keys=num_keys)
-            self._chosen = case, chosen
-        return self._chosen[1]
+    def pattern(self) -> Pattern | None:
+        """The pattern over the patch grid as it is now; None where the mechanism has none.
 
-    def why_chosen(self) -> str:
-        """Say in a few words why that implementation runs."""
-        if self.mechanism.implementation != "auto":
-            return "asked for"
-        if not self.fused_attn:
-            return "fused_attn is off"
-        return explain_choice(self.chosen_implementation(), self.pattern(), self.qkv.weight.device)
+        Raises:
+            ValueError: options that do not fit the grid.
+        """
+        return self.core.pattern(self.tokens()) if isinstance(self.core, MaskedCore) else None
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    @property
+    def forms_weights(self) -> bool:
+        """Whether the weights are formed where attn_drop can be hooked: timm's own switch, which its users turn off."""
+        return not self.fused_attn and self.mechanism.asked == "auto"
+
+    def cost(self) -> AttentionCost:
+        """What the attention of one image takes, from q, k and v to the output, over the grid as it is now."""
+        tokens = self.tokens()
+        cost = self.core.cost(tokens, self.qkv.weight.device)
+        if not self.forms_weights:
+            return cost
+        flops = 4 * tokens.size**2 * self.attn_dim
+        return AttentionCost(
+            flops=flops,
+            needed_flops=min(cost.needed_flops, flops),
+            entries=cost.entries,
+            implementation="dense",
+            why="fused_attn is off",
+        )
+
+    def forward(self, x: Tensor, attn_mask: Optional[Tensor] = None, is_causal: bool = False) -> Tensor:  # noqa: UP045
         """Map tokens (B, N, dim) to (B, N, dim).
 
         Raises:
@@ -193,23 +158,46 @@ class Attention(nn.Module):
         q, k, v = qkv.unbind(0)  # each (B, H, N, D)
         q, k = self.q_norm(q), self.k_norm(k)
 
-        kwargs: dict[str, Any] = {
-            "normalizer": self.mechanism.normalizer,
-            "pattern": self.pattern(N),
-            "alpha": self.alpha,
-            "attn_drop": self.attn_drop,
-        }
-        if self.observer is None:
-            out = attention(q, k, v, implementation=self.chosen_implementation(N), **kwargs)
+        if torch.jit.is_scripting():
+            height, width = self._scripted_grid
+            dropout = self.attn_drop.p if self.attn_drop.training else 0.0
+            where = (height, width, self.num_prefix_tokens)
+            x = torch.ops.vit_attn.attend(q, k, v, self.spec, self.asked, where, self.core.tensors(), dropout)
         else:
-            out, weights = attention(q, k, v, implementation="dense", return_weights=True, **kwargs)
-            self.observer(self.layer, weights)
+            x = self._attend(q, k, v, N)
 
-        x = out.transpose(1, 2).reshape(B, N, self.attn_dim)
+        x = x.transpose(1, 2).reshape(B, N, self.attn_dim)
         x = self.norm(x)
         if gate is not None:
             x = x * gate
         return self.proj_drop(self.proj(x))
+
+    @torch.jit.unused
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, size: int) -> Tensor:
+        if isinstance(q, torch.fx.Proxy):  # torch.fx: a size without a value, and one node for what follows
+            where = (*self.grid_size, self.num_prefix_tokens)
+            dropout = self.attn_drop.p if self.attn_drop.training else 0.0
+            return attend(q, k, v, self.spec, self.asked, where, self.core.tensors(), dropout)
+        tokens = self.tokens(size)
+        if self.observer is None and not self.forms_weights:
+            return self.core(q, k, v, tokens, self.attn_drop)
+        out, weights = self.core.forward_with_weights(q, k, v, tokens, self.attn_drop)
+        if self.observer is not None:
+            self.observer(self.layer, weights)
+        return out
+
+    def __prepare_scriptable__(self) -> "Attention":
+        """Called by torch.jit.script, whose code cannot ask the patch embedding."""
+        self._scripted_grid = self.grid_size
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Read checkpoints in which the core's parameters were the layer's own, too."""
+        for name in dict(self.core.state_dict()):
+            old, new = prefix + name.rpartition(".")[2], f"{prefix}core.{name}"
+            if old in state_dict and new not in state_dict:
+                state_dict[new] = state_dict.pop(old)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def attention_layers(model: nn.Module) -> list[Attention]:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from vit_attn.arguments import whole
-from vit_attn.attention import IMPLEMENTATIONS, NORMALIZERS, PATTERNS
-from vit_attn.bench.cases import PASSES, SDPA, Case, make_inputs, own_cases, rival_cases, step
+from vit_attn.attention import IMPLEMENTATIONS, MECHANISMS, NORMALIZERS, PATTERNS
+from vit_attn.bench.cases import PASSES, SDPA, Case, make_inputs, mechanism_cases, own_cases, rival_cases, step
 from vit_attn.bench.options import names, plot_path, positive_seconds, square_sizes
 from vit_attn.bench.output import (
     Cell,
@@ -64,7 +64,12 @@ class Result:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this suite."""
-    listed = {"normalizers": list(NORMALIZERS), "patterns": list(PATTERNS), "implementations": list(IMPLEMENTATIONS)}
+    listed = {
+        "normalizers": list(NORMALIZERS),
+        "patterns": list(PATTERNS),
+        "implementations": list(IMPLEMENTATIONS),
+        "mechanisms": list(MECHANISMS),
+    }
     sizes: dict[str, Any] = {"type": square_sizes, "metavar": "N,N,…"}
     parser.add_argument("--sizes", **sizes, default=[64, 256, 1024, 4096], help="tokens; default: 64,256,1024,4096")
     parser.add_argument("--batch", type=whole(1, 4096), default=2, help="B (default: %(default)s)")
@@ -117,6 +122,7 @@ def _measure(size: int, which: str, args: argparse.Namespace) -> list[Result]:
     inputs = make_inputs(shape, dtype=DTYPES[args.dtype], device=args.device, seed=args.seed)
     cases = [*rival_cases(size, which, args.device, quick=args.quick)]
     cases += own_cases(size, args.normalizers, args.patterns, args.implementations)
+    cases += mechanism_cases(size, args.mechanisms, args.head_dim, args.heads, args.device)
     calls = {case.name: step(case.attend, inputs, which) for case in cases if not case.skipped}
     timings = interleave(
         calls,
@@ -143,7 +149,7 @@ def _table(results: Sequence[Result], args: argparse.Namespace) -> Table:
             "pass": result.which,
             "mechanism": result.case.mechanism,
             "implementation": result.case.implementation,
-            "entries": 100 * result.case.entries,
+            "entries": None if result.case.entries is None else 100 * result.case.entries,
         }
         if isinstance(result.timing, Failed):
             table.add({**cells, "note": result.timing.reason})
@@ -169,12 +175,12 @@ def _plot(results: Sequence[Result], which: str, pattern: str) -> Plot | None:
     lines: dict[str, Line] = {}
     for result, timing in measured:
         case = result.case
-        if case.pattern != pattern and case.implementation != SDPA:
+        if case.pattern not in (pattern, "") and case.implementation != SDPA:
             continue
         _extend(lines, _legend(case), _group(case), result.size, timing)
     if not lines:
         return None
-    share = {r.size: r.case.entries for r, _ in measured if r.case.pattern == pattern}
+    share = {r.size: r.case.entries or 1.0 for r, _ in measured if r.case.pattern == pattern}
     reference = lines.get(SDPA)
     if reference is not None and all(share.get(size, 1.0) < 1 for size in reference.sizes):
         floor = tuple(

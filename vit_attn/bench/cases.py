@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from math import isqrt
 from typing import Any
 
 import entmax as entmax_package
@@ -11,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from vit_attn.attention import attention, make_pattern
-from vit_attn.attention.functional import choose_implementation
-from vit_attn.attention.patterns import Pattern, Strided
+from vit_attn.attention import MECHANISMS, Core, Pattern, Tokens, attention, make_pattern
+from vit_attn.attention.functional import check_implementation
+from vit_attn.attention.patterns.strided import Strided
 
 PASSES = ("forward", "forward+backward")
 SDPA = "SDPA"
@@ -45,9 +46,9 @@ class Case:
     """One candidate.
 
     Args:
-        normalizer, pattern: what it computes.
-        implementation: a key of ``IMPLEMENTATIONS``, or a kernel of others.
-        entries: share of the N² entries that the pattern allows.
+        normalizer, pattern: what it computes; of a mechanism with a rule of its own the name and nothing.
+        implementation: a key of ``IMPLEMENTATIONS``, a mechanism's own, or a kernel of others.
+        entries: share of the N² entries that the pattern allows; None where no weights are formed.
         attend: (q, k, v) to the output, each (B, H, N, D).
         skipped: why it is not measured, or nothing.
     """
@@ -55,14 +56,14 @@ class Case:
     normalizer: str
     pattern: str
     implementation: str
-    entries: float
+    entries: float | None
     attend: Attend
     skipped: str = ""
 
     @property
     def mechanism(self) -> str:
-        """normalizer+pattern."""
-        return f"{self.normalizer}+{self.pattern}"
+        """normalizer+pattern, or the mechanism's name."""
+        return "+".join(filter(None, (self.normalizer, self.pattern)))
 
     @property
     def name(self) -> str:
@@ -103,12 +104,28 @@ def own_cases(
         for normalizer in normalizers:
             for implementation in implementations:
                 try:
-                    choose_implementation(implementation, normalizer)
+                    check_implementation(implementation, normalizer)
                 except ValueError:
                     continue  # not offered
                 attend = partial(attention, normalizer=normalizer, pattern=pattern, implementation=implementation)
                 cases.append(Case(normalizer, name, implementation, 1 - pattern.sparsity, attend))
     return cases
+
+
+def mechanism_cases(size: int, names: Sequence[str], head_dim: int, heads: int, device: torch.device) -> list[Case]:
+    """Every mechanism with a rule of its own, over ``size`` tokens in a square grid."""
+    side = isqrt(size)
+    tokens = Tokens((side, side))
+    cases = []
+    for name in names:
+        core = MECHANISMS[name]().build(heads, head_dim).to(device)
+        implementation = core.cost(tokens, device).implementation
+        cases.append(Case(name, "", implementation, None, partial(_by_core, core, tokens)))
+    return cases
+
+
+def _by_core(core: Core, tokens: Tokens, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return core(q, k, v, tokens)
 
 
 def rival_cases(size: int, which: str, device: torch.device, *, quick: bool = False) -> Iterator[Case]:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vit_attn.arguments import whole
-from vit_attn.attention import IMPLEMENTATIONS, attention, attention_layers
+from vit_attn.attention import IMPLEMENTATIONS, attention_layers
 from vit_attn.bench.cases import make_inputs, step
 from vit_attn.bench.options import positive_seconds
 from vit_attn.bench.output import (
@@ -184,20 +184,12 @@ def training_step(net: nn.Module, shape: Shape, *, seed: int) -> Callable[[], ob
 
 
 def attention_alone(net: nn.Module, shape: Shape, *, seed: int) -> Callable[[], object]:
-    """attention() of the first layer, forward and backward, at the shape and in the dtype it has in the model."""
+    """The attention of the first layer, forward and backward, at the shape and in the dtype it has in the model."""
     layer = attention_layers(net)[0]
-    pattern = layer.pattern()
-    assert pattern is not None
-    alpha: Any = layer.alpha
-    qkv_shape = (shape.batch, shape.heads, pattern.size, layer.head_dim)
+    tokens = layer.tokens()
+    qkv_shape = (shape.batch, shape.heads, tokens.size, layer.head_dim)
     inputs = make_inputs(qkv_shape, dtype=shape.dtype, device=next(net.parameters()).device, seed=seed)
-    chosen = layer.chosen_implementation()
-    normalizer = layer.mechanism.normalizer
-
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return attention(q, k, v, normalizer=normalizer, pattern=pattern, alpha=alpha, implementation=chosen)
-
-    return step(attend, inputs, "forward+backward")
+    return step(lambda q, k, v: layer.core(q, k, v, tokens), inputs, "forward+backward")
 
 
 def _autocast(shape: Shape, device: torch.device) -> Any:

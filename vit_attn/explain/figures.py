@@ -13,7 +13,8 @@ from matplotlib.ticker import MaxNLocator, MultipleLocator
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from vit_attn.attention.patterns import LABEL_NAMES, Pattern, pattern_options
+from vit_attn.attention.options import text
+from vit_attn.attention.patterns import LABEL_NAMES, Pattern
 from vit_attn.explain.style import (
     DPI,
     MASK_COLORS,
@@ -140,8 +141,8 @@ def _attention_row(axes: Sequence[Axes], picture: NDArray, weights: NDArray, hea
 
 def describe_pattern(pattern: Pattern) -> str:
     """The options that ``pattern`` is in force with, in one line: "window 8 · stride 8 · causal"."""
-    parts = [f"{key} {getattr(pattern, key)}" for key in pattern_options(pattern.name) if key != "causal"]
-    parts.append("causal" if pattern.causal else "symmetric")
+    parts = [f"{key} {text(getattr(pattern, key))}" for key in pattern.options() if key != "causal"]
+    parts.append("causal" if pattern.causal else "bidirectional")
     if pattern.num_prefix_tokens:
         parts.append(f"{pattern.num_prefix_tokens} prefix token{'s' * (pattern.num_prefix_tokens > 1)}")
     return " · ".join(parts)
@@ -186,7 +187,8 @@ def _masks(patterns: Sequence[Pattern], *, side: float, caption: str | None = No
         ax = fig.add_axes((x / width, y / height, panel / width, panel / height))
         text = caption or f"{describe_pattern(pattern)}\nsparsity {100 * pattern.sparsity:.4f} %"
         occurring |= _draw_mask(ax, pattern, text)
-    handles = [Patch(color=MASK_COLORS[label], label=LABEL_NAMES[label]) for label in sorted(occurring)]
+    names = {**LABEL_NAMES, **(patterns[0].label_names if len(patterns) == 1 else {})}
+    handles = [Patch(color=MASK_COLORS[label], label=names[label]) for label in sorted(occurring)]
     one_line = columns > 1 or len(handles) <= 3
     fig.legend(handles=handles, loc="lower center", ncols=len(handles) if one_line else ceil(len(handles) / 2))
     return fig

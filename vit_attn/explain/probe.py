@@ -43,9 +43,9 @@ class Look:
             for name, value in values.items()
         }
         for layer in self.layers:
-            if isinstance(layer.alpha, Tensor):
-                for head, alpha in enumerate(layer.alpha.tolist()):
-                    numbers[f"attention/alpha/layer_{layer.layer:02d}/head_{head}"] = alpha
+            for name, values in layer.core.scalars().items():
+                for head, value in enumerate(values.tolist()):
+                    numbers[f"attention/{name}/layer_{layer.layer:02d}/head_{head}"] = value
         return numbers
 
 
@@ -130,9 +130,14 @@ def write_panels(
 
 
 def write_masks(net: nn.Module, folder: Path) -> list[Path]:
-    """Draw each pattern that the layers of ``net`` use, once: folder/mask_<pattern>.png."""
-    patterns = {pattern for layer in attention_layers(net) if (pattern := layer.pattern()) is not None}
-    return [
-        save_figure(mask_figure(pattern), folder / f"mask_{pattern.name}.png")
-        for pattern in sorted(patterns, key=lambda pattern: pattern.name)
-    ]
+    """Draw each pattern that the layers of ``net`` use, once: folder/mask_<pattern>.png, numbered where one name has
+    several sets of options. A mechanism without a pattern has no mask.
+    """
+    patterns = dict.fromkeys(pattern for layer in attention_layers(net) if (pattern := layer.pattern()) is not None)
+    paths = []
+    for name in sorted({pattern.name for pattern in patterns}):
+        alike = [pattern for pattern in patterns if pattern.name == name]
+        for number, pattern in enumerate(alike, start=1):
+            suffix = f"_{number}" if len(alike) > 1 else ""
+            paths.append(save_figure(mask_figure(pattern), folder / f"mask_{name}{suffix}.png"))
+    return paths

@@ -14,7 +14,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm
 from matplotlib.lines import Line2D
 
-from vit_attn.attention.spec import parse_spec
+from vit_attn.attention import Masked, parse_spec
+from vit_attn.attention.normalizers.entmax import Entmax, alpha_of
 from vit_attn.explain.style import house_style, new_figure
 from vit_attn.report.compare import Comparison, Group
 from vit_attn.report.figures import Styles
@@ -22,9 +23,7 @@ from vit_attn.report.figures_common import Drawing, finite, score_key, seeds_not
 from vit_attn.report.summary import Row
 
 MIN_MEMBERS = 3  # fewer points of α make no line
-_FIXED = {"softmax": 1.0, "entmax15": 1.5, "sparsemax": 2.0}
 _ANNEALING = "callbacks.alpha_annealing."  # how α moves, where it is annealed
-_PATTERN_OPTIONS = ("window", "stride", "dilation", "causal")
 _ALPHA_CURVE = re.compile(r"attention/alpha/layer_(\d+)/head_(\d+)")
 _MAX_PANELS = 6
 _COLUMNS = 3
@@ -62,20 +61,30 @@ def _pattern(group: Group) -> tuple[str, ...] | None:
     """Name the pattern with its options; None where the group is no member of a comparison of α alone."""
     if any(not key.startswith(_ANNEALING) for key in group.differences):
         return None
-    try:
-        pattern = parse_spec(group.attention).pattern
-    except ValueError:  # one spec per layer
+    mechanism = _mechanism(group)
+    if mechanism is None or alpha_of(mechanism.normalizer) is None:
         return None
-    return pattern, *(f"{key}={group.options[key]}" for key in _PATTERN_OPTIONS if key in group.options)
+    own = mechanism.pattern.options()
+    return mechanism.pattern.name, *(f"{key}={value}" for key, value in group.options.items() if key in own)
+
+
+def _mechanism(group: Group) -> Masked | None:
+    """The mechanism of all layers, where it has a normalizer and a pattern."""
+    try:
+        mechanism = parse_spec(group.attention, group.options)
+    except ValueError:  # one spec per layer, or of another version of this project
+        return None
+    return mechanism if isinstance(mechanism, Masked) else None
 
 
 def _member(row: Row) -> Member | None:
-    normalizer = parse_spec(row.group.attention).normalizer
-    options = row.group.options
-    if normalizer in _FIXED:
-        alpha = _FIXED[normalizer]
+    mechanism = _mechanism(row.group)
+    assert mechanism is not None
+    normalizer, alpha = mechanism.normalizer, alpha_of(mechanism.normalizer)
+    assert alpha is not None
+    if not isinstance(normalizer, Entmax):
         return Member(row, "fixed", alpha, alpha, alpha)
-    if options.get("learnable_alpha"):
+    if normalizer.learnable_alpha:
         finals = [
             points[-1][1]
             for run in row.group.runs
@@ -83,8 +92,7 @@ def _member(row: Row) -> Member | None:
             if _ALPHA_CURVE.fullmatch(name) and points
         ]
         return Member(row, "learned", float(np.mean(finals)), min(finals), max(finals)) if finals else None
-    alpha = float(options.get("alpha") or 1.5)
-    kind: Kind = "annealed" if options.get("anneal_alpha_from") is not None else "fixed"
+    kind: Kind = "annealed" if normalizer.anneal_alpha_from is not None else "fixed"
     return Member(row, kind, alpha, alpha, alpha)
 
 
@@ -118,14 +126,15 @@ def alpha_figure(comparison: Comparison, rows: Sequence[Row], styles: Styles) ->
         ncols=len(kinds),
         fontsize=10,
     )
-    pattern = parse_spec(members[0].row.group.attention).pattern
+    mechanism = _mechanism(members[0].row.group)
+    assert mechanism is not None
     return Drawing(
         "alpha",
         "What α does",
-        f"The mechanisms over the pattern {pattern!r} that differ in α alone: softmax is α = 1, entmax15 is 1.5, "
-        "sparsemax is 2. Means over seeds; vertical lines: standard deviations. Learned α is drawn at its mean over "
-        "layers, heads and seeds at the end of training, the horizontal line from the smallest to the largest; "
-        "annealed α at its end. "
+        f"The mechanisms over the pattern {mechanism.pattern.name!r} that differ in α alone: softmax is α = 1, "
+        "entmax15 is 1.5, sparsemax is 2. Means over seeds; vertical lines: standard deviations. Learned α is drawn at "
+        "its mean over layers, heads and seeds at the end of training, the horizontal line from the smallest to the "
+        "largest; annealed α at its end. "
         "The grey line joins the fixed ones. " + seeds_note([member.row.group for member in members]),
         "Plots of α against "
         + ", ".join(panels.values())

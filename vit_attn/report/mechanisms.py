@@ -3,20 +3,22 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vit_attn.attention import Mechanism, parse_attention
+from vit_attn.attention import Masked, Mechanism, parse_attention
+from vit_attn.attention.normalizers.entmax import Entmax
+from vit_attn.attention.options import text
 
-# Their defaults are the width of the patch grid, which the configuration alone does not tell.
-_BY_GRID = ("window", "stride")
+_ALPHA = tuple(Entmax.options())  # said in words of their own
 
 
 def read_mechanism(model: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Read ``model.attention`` and ``model.attention_options``.
 
     Options that are null, at their default or of no use to any layer's mechanism are left out; "softmax+strided" is
-    "strided", "full" and "softmax+full" are "softmax", and a list that repeats itself is its first period.
+    "strided", "full" and "softmax+full" are "softmax", and a list that repeats itself is its first period. It makes
+    no difference whether an option stands in the spec or in ``attention_options``, unless layers differ in it.
 
     Returns:
-        The spec, "[strided, softmax]" where it is a list, and the options that are left.
+        The spec, "[strided, softmax]" where it is a list, and the options that all layers that read them share.
     """
     attention = model["attention"]
     specs = [attention] if isinstance(attention, str) else list(attention)
@@ -25,20 +27,31 @@ def read_mechanism(model: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         mechanisms = parse_attention(specs, options)
     except ValueError:  # of another version of this project: taken as it is written
         return _joined([str(spec) for spec in specs]), options
-    used = {
-        key: value
-        for key, value in options.items()
-        if any(key not in each.unused_options() and value != _default(each, key) for each in mechanisms)
-    }
-    return _joined(_period([_short(each) for each in mechanisms])), used
+    shared = _shared(mechanisms)
+    own = {key: value for each in mechanisms for key, value in _given(each).items() if key in shared}
+    return _joined(_period([_short(each, shared) for each in mechanisms])), own
+
+
+def _given(mechanism: Mechanism) -> dict[str, Any]:
+    """All options of a mechanism that are not at their default."""
+    rest = mechanism.given() if isinstance(mechanism, Masked) else {}
+    return {key: value for term in mechanism.terms() for key, value in term.given().items()} | rest
+
+
+def _shared(mechanisms: Sequence[Mechanism]) -> set[str]:
+    """The options that have one value in all layers that read them."""
+    values: dict[str, set[Any]] = {}
+    for each in mechanisms:
+        given = _given(each)
+        for key in each.read_options():
+            values.setdefault(key, set()).add(given.get(key))
+    return {key for key, found in values.items() if len(found) == 1}
 
 
 def mechanism_label(spec: str, options: Mapping[str, Any]) -> str:
     """Name a mechanism for people: "entmax α=1.3", "entmax α 1.01→1.5", "strided window=4 stride=8"."""
-    rest = {
-        key: value for key, value in options.items() if key not in ("alpha", "learnable_alpha", "anneal_alpha_from")
-    }
-    alpha = show(options.get("alpha", Mechanism("entmax", "full").alpha))
+    rest = {key: value for key, value in options.items() if key not in _ALPHA}
+    alpha = show(options.get("alpha", Entmax().alpha))
     words = [spec]
     if options.get("anneal_alpha_from") is not None:
         words.append(f"α {show(options['anneal_alpha_from'])}→{alpha}")
@@ -51,28 +64,25 @@ def mechanism_label(spec: str, options: Mapping[str, Any]) -> str:
 
 def show(value: Any) -> str:
     """Write a value of the configuration as the command line takes it, a dotted ``_target_`` by its last name."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, float):
-        return f"{value:.10g}"
+    if value is None:
+        return "null"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(show(each) for each in value)}]"
-    return str(value)
+    return text(value)
 
 
-def _short(mechanism: Mechanism) -> str:
-    if mechanism.pattern == "full":
-        return mechanism.normalizer
-    return mechanism.pattern if mechanism.normalizer == "softmax" else str(mechanism)
-
-
-def _default(mechanism: Mechanism, option: str) -> Any:
-    """What the mechanism takes where ``option`` is null."""
-    bare = Mechanism(mechanism.normalizer, mechanism.pattern)
-    if option in _BY_GRID:
-        return None
-    pattern = bare.make_pattern(num_tokens=1, num_prefix_tokens=0, grid_size=(1, 1))
-    return getattr(bare, option, getattr(pattern, option, None))
+def _short(mechanism: Mechanism, shared: set[str]) -> str:
+    """The spec without what is understood, and without the options that layers share."""
+    terms = mechanism.terms()
+    if isinstance(mechanism, Masked):
+        if mechanism.pattern.name == "full":
+            terms = (mechanism.normalizer,) if "causal" in shared or mechanism.pattern.is_full else terms
+        elif mechanism.normalizer.name == "softmax":
+            terms = (mechanism.pattern,)
+    return "+".join(
+        ":".join([term.name, *(f"{key}:{text(value)}" for key, value in term.given().items() if key not in shared)])
+        for term in terms
+    )
 
 
 def _period(names: list[str]) -> list[str]:

@@ -131,9 +131,9 @@ class Prediction:
 
 
 def run_tags(config: dict[str, Any]) -> list[str]:
-    """Tags that every run has: its normalizers, its patterns and its data set."""
+    """Tags that every run has: its normalizers, patterns or other mechanisms, and its data set."""
     mechanisms = parse_attention(config["model"]["attention"])
-    names = [name for mechanism in mechanisms for name in (mechanism.normalizer, mechanism.pattern)]
+    names = [term.name for mechanism in mechanisms for term in mechanism.terms()]
     data = str(config["data"].get("_target_", "")).split(".")[-2:-1]
     return list(dict.fromkeys([*names, *data]))
 

@@ -8,7 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from vit_attn.attention import Attention, attention_layers
+from vit_attn.attention import attention_layers
+from vit_attn.attention.normalizers.entmax import AlphaCore, annealing_cores
 from vit_attn.errors import UserError
 from vit_attn.training.described import is_score
 
@@ -36,26 +37,27 @@ class AlphaAnnealing(Callback):
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
             raise UserError(f"callbacks.alpha_annealing.share is a share, from 0 to 1, not {share!r}")
         self.share = share
-        self.layers: list[Attention] = []
+        self.cores: list[AlphaCore] = []
         self.steps = 0
         self.progress: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.layers = [layer for layer in attention_layers(pl_module) if layer.anneals]
+        self.cores = annealing_cores(pl_module)
         self.progress = None
-        if self.layers:
+        if self.cores:
             total = int(trainer.estimated_stepping_batches)
             self.steps = round(self.share * total)
-            start, end = self.layers[0].mechanism.anneal_alpha_from, self.layers[0].mechanism.alpha
-            log.info("alpha      %g to %g in the first %d of %d steps", start, end, self.steps, total)
+            entmax = self.cores[0].normalizer
+            ends = entmax.anneal_alpha_from, entmax.alpha
+            log.info("alpha      %g to %g in the first %d of %d steps", *ends, self.steps, total)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if not self.layers:
+        if not self.cores:
             return
         progress = annealing_progress(trainer.global_step, steps=self.steps)
         if progress != self.progress:
-            for layer in self.layers:
-                layer.anneal_alpha(progress)
+            for core in self.cores:
+                core.anneal(progress)
             self.progress = progress
 
 
@@ -68,7 +70,7 @@ class BestCheckpoint(ModelCheckpoint):
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
         """Whether the model as it is now is to be saved."""
         layers = attention_layers(trainer.lightning_module)
-        return all(layer.alpha_has_arrived() for layer in layers) and super().check_monitor_top_k(trainer, current)
+        return all(layer.core.settled() for layer in layers) and super().check_monitor_top_k(trainer, current)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the score of the best one too, which Lightning writes but does not read.

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
-from vit_attn.attention import parse_attention
+from vit_attn.attention import parse_attention, unused_options
 from vit_attn.config import held_secret, plain
 from vit_attn.data.checks import whole
 from vit_attn.errors import UserError, one_line, unknown_name, user_errors
@@ -165,14 +165,14 @@ def check_config(config: DictConfig) -> None:
     """
     _check_shape(config)
     with user_errors():
-        options = {
-            key: value for key, value in (plain(config.model)["attention_options"] or {}).items() if value is not None
-        }
+        options = plain(config.model)["attention_options"] or {}
         mechanisms = parse_attention(plain(config.model)["attention"], options)
-    unused = set.intersection(*(mechanism.unused_options() for mechanism in mechanisms))
-    for name in sorted(unused):
+    for name in unused_options(mechanisms, options):
         log.info("note: model.attention_options.%s has no use in model.attention=%s", name, config.model.attention)
-    if not config.callbacks.alpha_annealing.enabled and any(each.anneal_alpha_from is not None for each in mechanisms):
+    anneals = [
+        term for each in mechanisms for term in each.terms() if getattr(term, "anneal_alpha_from", None) is not None
+    ]
+    if anneals and not config.callbacks.alpha_annealing.enabled:
         raise UserError(
             "model.attention_options.anneal_alpha_from needs callbacks.alpha_annealing.enabled=true: "
             "nothing else moves alpha"

@@ -5,7 +5,13 @@ from entmax.losses import entmax15_loss, sparsemax_loss
 from torch import Tensor, nn
 
 from vit_attn.attention import entmax15, softmax, sparsemax
+from vit_attn.attention.mechanism import working_dtype
 from vit_attn.errors import UserError
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """Logits in fp32, or fp64 where they are: a loss in half precision would round."""
+    return logits.to(working_dtype(logits.dtype))
 
 
 class CrossEntropy(nn.Module):
@@ -27,11 +33,11 @@ class CrossEntropy(nn.Module):
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of logits (B, C) and targets: classes (B,) or shares (B, C)."""
         smoothing = self.label_smoothing if self.training else 0.0
-        return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+        return F.cross_entropy(_wide(logits), targets, label_smoothing=smoothing)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Probabilities (B, C)."""
-        return softmax(logits.float())
+        return softmax(_wide(logits))
 
 
 class _FenchelYoung(nn.Module):
@@ -46,7 +52,7 @@ class _FenchelYoung(nn.Module):
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of logits (B, C) and targets: classes (B,) or shares (B, C), up to a constant Ω(y)."""
-        logits = logits.float()
+        logits = _wide(logits)
         if targets.dim() == 1:
             return self.loss(logits, targets).mean()
         top = targets.argmax(1)
@@ -64,7 +70,7 @@ class SparsemaxLoss(_FenchelYoung):
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Probabilities (B, C), many of them exactly 0."""
-        return sparsemax(logits.float())
+        return sparsemax(_wide(logits))
 
 
 class Entmax15Loss(_FenchelYoung):
@@ -77,4 +83,4 @@ class Entmax15Loss(_FenchelYoung):
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Probabilities (B, C), some of them exactly 0."""
-        return entmax15(logits.float())
+        return entmax15(_wide(logits))

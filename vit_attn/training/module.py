@@ -23,6 +23,7 @@ from torchmetrics.classification import (
     MulticlassConfusionMatrix,
 )
 
+from vit_attn.attention import attention_layers
 from vit_attn.errors import UserError, one_line
 from vit_attn.training.sharding import ShardedStrategy, gathered, is_sharded, shard
 
@@ -157,6 +158,11 @@ class Classifier(LightningModule):
     def probabilities(self, logits: Tensor) -> Tensor:
         """Probabilities (B, num_classes) of logits, as the loss means them: those of a sparse loss can be 0."""
         return self.criterion.probabilities(logits)  # type: ignore[operator]  # see Args
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Bring what mechanisms draw anew up to the step, such as a Performer's features."""
+        for layer in attention_layers(self.net):
+            layer.core.on_step(self.trainer.global_step, seed=self.seed, layer=layer.layer)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Mean loss of one batch, augmented here, on the training device."""

@@ -13,7 +13,7 @@ from torch import distributed, nn
 from vit_attn.attention import attention_layers
 from vit_attn.config import plain, without_secrets
 from vit_attn.console import is_first_process, log_paths
-from vit_attn.cost import environment, model_cost, peak_memory
+from vit_attn.cost import describe_attention, environment, model_cost, peak_memory
 from vit_attn.data import ImageData, check_same_data
 from vit_attn.errors import UserError, on_every_process, one_line, user_errors
 from vit_attn.explain.explanation_figures import overlay
@@ -228,23 +228,20 @@ def _introduce(folder: RunFolder, config: DictConfig, data: ImageData, net: Any,
     patch = net.patch_embed.patch_size[0]
     if data.image_size % patch:
         log.info("note: patches of %d leave %d of %d pixels unseen", patch, data.image_size % patch, data.image_size)
-    kinds = dict.fromkeys(zip(cost["layers"], cost["sparsity"], cost["entries"], cost["why"], strict=True))
-    for name, sparsity, entries, why in kinds:
-        count = cost["layers"].count(name)
-        log.info("attention  %d x %s: %d entries, %.1f %% forbidden; %s", count, name, entries, 100 * sparsity, why)
+    for line in describe_attention(cost):
+        log.info("attention  %s", line)
 
 
 def _facts(data: ImageData, net: Any, cost: dict[str, Any]) -> dict[str, Any]:
     """What a tracker filters by and the configuration does not say."""
-    mechanisms = [layer.mechanism for layer in attention_layers(net)]
-    return {
-        "dataset": type(data).__name__.lower(),
-        "normalizer": ", ".join(dict.fromkeys(mechanism.normalizer for mechanism in mechanisms)),
-        "pattern": ", ".join(dict.fromkeys(mechanism.pattern for mechanism in mechanisms)),
-        "sparsity": sum(cost["sparsity"]) / len(cost["sparsity"]),
-        "entries": sum(cost["entries"]),
-        **{name: cost[name] for name in ("parameters", "flops", "flops_by_entries")},
+    terms = [term for layer in attention_layers(net) for term in layer.mechanism.terms()]
+    names = {
+        term.what: ", ".join(dict.fromkeys(each.name for each in terms if each.what == term.what)) for term in terms
     }
+    facts = {"dataset": type(data).__name__.lower(), **names}
+    if None not in cost["entries"]:
+        facts |= {"sparsity": sum(cost["sparsity"]) / len(cost["sparsity"]), "entries": sum(cost["entries"])}
+    return facts | {name: cost[name] for name in ("parameters", "flops", "flops_by_entries")}
 
 
 def _place_data(checkpoint: dict[str, Any], data: ImageData) -> None:
