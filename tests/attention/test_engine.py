@@ -345,7 +345,7 @@ def test_operations_are_counted_as_they_are_computed(monkeypatch, pattern, score
 
 
 def choose(normalizer: str, name: str | None, tokens: int, keys: int | None = None) -> str:
-    pattern = None if name is None else make_pattern(name, num_tokens=tokens, num_prefix_tokens=1)
+    pattern = "" if name is None else make_pattern(name, num_tokens=tokens, num_prefix_tokens=1).key
     return choose_implementation("auto", normalizer, pattern, num_keys=keys or tokens + 1)
 
 
@@ -372,9 +372,9 @@ def test_auto_draws_its_line_at_a_third_of_the_scores_and_1024_keys():
     for window in range(1, 40):
         pattern = make_pattern("sliding_window", num_tokens=64, window=window)
         scores = engine.make_plan(pattern, torch.device("cpu")).scores
-        chosen = choose_implementation("auto", "entmax15", pattern, num_keys=64)
+        chosen = choose_implementation("auto", "entmax15", pattern.key, num_keys=64)
         assert (chosen == "blocks") is (3 * scores <= 64**2)
         seen.add(chosen)
     assert seen == {"dense", "blocks"}
-    assert choose_implementation("auto", "entmax15", None, num_keys=1024) == "dense"
+    assert choose_implementation("auto", "entmax15", "", num_keys=1024) == "dense"
     assert choose_implementation("auto", "entmax15", None, num_keys=1025) == "blocks"

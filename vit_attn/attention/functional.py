@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit_attn.attention.engine import blocks, make_plan
+from vit_attn.attention.graphs import outside_of_graphs
 from vit_attn.attention.mechanism import apply_weights, working_dtype
 from vit_attn.attention.names import unknown_name
 from vit_attn.attention.normalizers import NORMALIZERS, Normalizer
 from vit_attn.attention.normalizers.entmax import check_alpha, forward_mode
 from vit_attn.attention.patterns import Pattern, make_pattern
+from vit_attn.attention.patterns.base import pattern_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,13 +31,13 @@ class Rule:
     Args:
         normalizer: see :mod:`vit_attn.attention.normalizers`.
         number: of the normalizer, such as α, or (H,).
-        pattern: over N tokens; None where every key is allowed.
+        pattern: the key of a pattern over N tokens; empty where every key is allowed.
         scale: factor on the scores; None: D^-0.5.
     """
 
     normalizer: Normalizer
     number: float | Tensor
-    pattern: Pattern | None = None
+    pattern: str = ""
     scale: float | None = None
 
     def factor(self, q: Tensor) -> float:
@@ -43,15 +45,24 @@ class Rule:
         return float(q.shape[-1] ** -0.5) if self.scale is None else self.scale
 
 
+# What follows is told of patterns by their keys: torch.compile runs it once and takes the result for a constant, of
+# which arguments must be constants, too.
+
+
 @torch.compiler.assume_constant_result
-def allowed_mask(pattern: Pattern, device: str) -> Tensor:
-    """(N, N) bool of what ``pattern`` allows, kept with the pattern."""
-    mask = pattern.masks.get(device)
-    if mask is None:
-        mask = pattern.allowed(device)
-        if type(mask) is Tensor:  # not the stand-in of a graph that is being traced
-            pattern.masks[device] = mask
-    return mask
+def key_of(pattern: Pattern) -> str:
+    """The key of a pattern over tokens; empty where it allows every key."""
+    return "" if pattern.is_full else pattern.key
+
+
+@torch.compiler.assume_constant_result
+def allowed_mask(pattern: str, device: str) -> Tensor:
+    """(N, N) bool of what the pattern of this key allows, kept with the pattern."""
+    masks = pattern_of(pattern).masks
+    if device not in masks:
+        with outside_of_graphs():
+            masks[device] = pattern_of(pattern).allowed(device)
+    return masks[device]
 
 
 def dense_weights(q: Tensor, k: Tensor, rule: Rule) -> Tensor:
@@ -59,7 +70,7 @@ def dense_weights(q: Tensor, k: Tensor, rule: Rule) -> Tensor:
     with torch.autocast(q.device.type, enabled=False):
         dtype = working_dtype(q.dtype)
         scores = (q.to(dtype) * rule.factor(q)) @ k.to(dtype).transpose(-2, -1)
-        if rule.pattern is not None and not rule.pattern.is_full:
+        if rule.pattern:
             scores = scores.masked_fill(~allowed_mask(rule.pattern, str(q.device)), float("-inf"))
         return rule.normalizer.weights(scores, rule.number)
 
@@ -75,8 +86,7 @@ def _fused(
     q: Tensor, k: Tensor, v: Tensor, rule: Rule, attn_drop: nn.Dropout | None, return_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
     """torch's scaled_dot_product_attention, which never shows its weights."""
-    full = rule.pattern is None or rule.pattern.is_full
-    mask = None if full else allowed_mask(rule.pattern, str(q.device))
+    mask = allowed_mask(rule.pattern, str(q.device)) if rule.pattern else None
     dropout_p = _dropout_p(attn_drop)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=rule.scale), None
 
@@ -85,9 +95,8 @@ def _blocks(
     q: Tensor, k: Tensor, v: Tensor, rule: Rule, attn_drop: nn.Dropout | None, return_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The sparse engine: allowed entries alone, see :mod:`vit_attn.attention.engine`."""
-    pattern = None if rule.pattern is None or rule.pattern.is_full else rule.pattern
     name, factor = rule.normalizer.name, rule.factor(q)
-    return blocks(q, k, v, pattern, name, rule.number, factor, _dropout_p(attn_drop), return_weights)
+    return blocks(q, k, v, rule.pattern, name, rule.number, factor, _dropout_p(attn_drop), return_weights)
 
 
 def _dropout_p(attn_drop: nn.Dropout | None) -> float:
@@ -113,7 +122,7 @@ _MOST_DENSE_KEYS = 1024
 def choose_implementation(
     implementation: str,
     normalizer: str,
-    pattern: Pattern | None = None,
+    pattern: str = "",
     *,
     device: str = "cpu",
     num_keys: int = 0,
@@ -122,7 +131,8 @@ def choose_implementation(
     """Resolve ``auto``, and refuse what an implementation cannot do.
 
     Args:
-        pattern, device, num_keys: what ``auto`` decides by, see ``docs/benchmarks.md``.
+        pattern: its key; empty where every key is allowed.
+        device, num_keys: what ``auto`` decides by, see ``docs/benchmarks.md``.
 
     Returns:
         A key of :data:`IMPLEMENTATIONS`.
@@ -135,10 +145,9 @@ def choose_implementation(
         if return_weights:
             return "dense"
         if kernel is not None:
-            if pattern is not None and pattern.has_components:
-                most = _MOST_SCORES if torch.device(device).type == "cpu" else _MOST_SCORES_ON_GPU
-                if make_plan(pattern, torch.device(device)).scores <= most * pattern.size**2:
-                    return "blocks"
+            share = score_share(pattern, device)
+            if share is not None and share <= (_MOST_SCORES if device.startswith("cpu") else _MOST_SCORES_ON_GPU):
+                return "blocks"
             if normalizer != "softmax" and num_keys > _MOST_DENSE_KEYS:
                 return "blocks"
         return "fused" if normalizer == "softmax" else "dense"
@@ -162,12 +171,20 @@ def check_implementation(implementation: str, normalizer: str) -> None:
         raise ValueError(f"implementation 'blocks' has no kernel for {normalizer!r}: use 'auto' or 'dense'")
 
 
-def explain_choice(chosen: str, pattern: Pattern | None, device: torch.device) -> str:
+def score_share(pattern: str, device: str) -> float | None:
+    """Share of the N x N scores that the engine computes; None where it computes whole rows."""
+    laid = pattern_of(pattern) if pattern else None
+    if laid is None or not laid.has_components:
+        return None
+    return make_plan(laid, torch.device(device)).scores / laid.size**2
+
+
+def explain_choice(chosen: str, pattern: str, device: str) -> str:
     """Say in a few words why ``auto`` chose as it did."""
-    if pattern is None or not pattern.has_components:
+    share = score_share(pattern, device)
+    if share is None:
         reasons = {"blocks": "whole rows, a few at a time", "dense": "whole rows", "fused": "torch's own kernel"}
         return reasons[chosen]
-    share = make_plan(pattern, device).scores / pattern.size**2
     if chosen == "blocks":
         return f"computes {100 * share:.1f} % of the scores"
     return f"blocks would compute {100 * share:.0f} % of the scores: too many to gain"
@@ -254,10 +271,11 @@ def attention(
             number = float(alpha)
     if implementation == "auto" and forward_mode():
         implementation = "dense"  # the one that has these derivatives
+    key = "" if pattern is None else key_of(pattern)
     chosen = choose_implementation(
-        implementation, normalizer, pattern, device=str(q.device), num_keys=k.shape[-2], return_weights=return_weights
+        implementation, normalizer, key, device=str(q.device), num_keys=k.shape[-2], return_weights=return_weights
     )
-    rule = Rule(kind(), number, pattern, scale)
+    rule = Rule(kind(), number, key, scale)
     out, weights = IMPLEMENTATIONS[chosen](q, k, v, rule, attn_drop, return_weights)
     if not return_weights:
         return out

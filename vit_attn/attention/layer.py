@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Optional, Protocol  # torch.jit reads Optional
+from typing import TYPE_CHECKING, Any, Optional, Protocol  # torch.jit reads Optional
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vit_attn.attention.masked import MaskedCore
 from vit_attn.attention.mechanism import AttentionCost, Mechanism, Tokens
 from vit_attn.attention.patterns import Pattern
-from vit_attn.attention.scripted import attend
+from vit_attn.attention.scripted import attend, refuse_mask
 
 # The submodules and numbers of timm's Attention, kept under their names: state-dict keys and attention extractors
 # go on working.
@@ -49,16 +49,17 @@ class Attention(nn.Module):
     head_dim: int
     attn_dim: int
     fused_attn: bool
-    qkv: nn.Linear
-    q_norm: nn.Module
-    k_norm: nn.Module
-    attn_drop: nn.Dropout
-    norm: nn.Module
-    gate: nn.Module | None
-    proj: nn.Module
-    proj_drop: nn.Module
+    if TYPE_CHECKING:  # torch.jit would take them for interfaces
+        qkv: nn.Linear
+        q_norm: nn.Module
+        k_norm: nn.Module
+        attn_drop: nn.Dropout
+        norm: nn.Module
+        gate: nn.Module | None
+        proj: nn.Module
+        proj_drop: nn.Module
 
-    __jit_unused_properties__ = ["grid_size"]  # noqa: RUF012  # of torch.jit
+    __jit_unused_properties__ = ["grid_size", "forms_weights"]  # noqa: RUF012  # of torch.jit
 
     def __init__(
         self,
@@ -150,8 +151,6 @@ class Attention(nn.Module):
         Raises:
             ValueError: a mask at call time: the pattern is part of the module.
         """
-        if attn_mask is not None or is_causal:
-            raise ValueError("attn_mask and is_causal are not taken at call time: choose model.attention instead")
         B, N, _ = x.shape
         gate = self.gate(x).sigmoid() if self.gate is not None else None
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
@@ -162,9 +161,10 @@ class Attention(nn.Module):
             height, width = self._scripted_grid
             dropout = self.attn_drop.p if self.attn_drop.training else 0.0
             where = (height, width, self.num_prefix_tokens)
-            x = torch.ops.vit_attn.attend(q, k, v, self.spec, self.asked, where, self.core.tensors(), dropout)
+            tensors = self.core.tensors()
+            x = torch.ops.vit_attn.attend(q, k, v, self.spec, self.asked, where, tensors, dropout, attn_mask, is_causal)
         else:
-            x = self._attend(q, k, v, N)
+            x = self._attend(q, k, v, N, attn_mask, is_causal)
 
         x = x.transpose(1, 2).reshape(B, N, self.attn_dim)
         x = self.norm(x)
@@ -173,11 +173,13 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(x))
 
     @torch.jit.unused
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, size: int) -> Tensor:
-        if isinstance(q, torch.fx.Proxy):  # torch.fx: a size without a value, and one node for what follows
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, size: int, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        if isinstance(q, torch.fx.Proxy):  # torch.fx: nothing has a value as yet, and what follows is one node
             where = (*self.grid_size, self.num_prefix_tokens)
             dropout = self.attn_drop.p if self.attn_drop.training else 0.0
-            return attend(q, k, v, self.spec, self.asked, where, self.core.tensors(), dropout)
+            tensors = self.core.tensors()
+            return attend(q, k, v, self.spec, self.asked, where, tensors, dropout, attn_mask, is_causal)
+        refuse_mask(attn_mask, is_causal)
         tokens = self.tokens(size)
         if self.observer is None and not self.forms_weights:
             return self.core(q, k, v, tokens, self.attn_drop)

@@ -14,6 +14,7 @@ from vit_attn.attention.functional import (
     choose_implementation,
     dense_weights,
     explain_choice,
+    key_of,
 )
 from vit_attn.attention.mechanism import AttentionCost, Core, Mechanism, Tokens
 from vit_attn.attention.normalizers import Normalizer
@@ -77,7 +78,7 @@ class MaskedCore(Core):
         self.num_heads, self.head_dim = num_heads, head_dim
         self.normalizer = mechanism.normalizer.build(num_heads)
         # What was last used and what it was made for: plain attribute checks, which torch.compile can trace.
-        self._pattern: tuple[Tokens | None, Pattern] = (None, mechanism.pattern)
+        self._key: tuple[Tokens | None, str] = (None, "")
         self._implementation: tuple[object, str] = (None, "")
 
     def pattern(self, tokens: Tokens) -> Pattern:
@@ -86,25 +87,25 @@ class MaskedCore(Core):
         Raises:
             ValueError: options that do not fit the grid.
         """
-        if self._pattern[0] != tokens:
-            self._pattern = tokens, _on(self.mechanism.pattern, tokens)
-        return self._pattern[1]
+        return self.mechanism.pattern.on(tokens)
+
+    def key(self, tokens: Tokens) -> str:
+        """The key of the pattern over these tokens; empty where it allows every key."""
+        if self._key[0] != tokens:
+            self._key = tokens, _key_on(self.mechanism.pattern, *tokens.grid, tokens.prefix)
+        return self._key[1]
 
     def implementation(self, tokens: Tokens, device: torch.device) -> str:
         """Which implementation runs when nobody looks at the weights."""
         if self._implementation[0] != (tokens, device):
-            chosen = choose_implementation(
-                self.mechanism.asked,
-                self.mechanism.normalizer.name,
-                self.pattern(tokens),
-                device=str(device),
-                num_keys=tokens.size,
-            )
+            asked, normalizer = self.mechanism.asked, self.mechanism.normalizer.name
+            key = self.key(tokens)
+            chosen = choose_implementation(asked, normalizer, key, device=str(device), num_keys=tokens.size)
             self._implementation = (tokens, device), chosen
         return self._implementation[1]
 
     def _rule(self, tokens: Tokens) -> Rule:
-        return Rule(self.mechanism.normalizer, self.normalizer.number(), self.pattern(tokens))
+        return Rule(self.mechanism.normalizer, self.normalizer.number(), self.key(tokens))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, drop: nn.Dropout | None = None) -> Tensor:
         run = IMPLEMENTATIONS[self.implementation(tokens, q.device)]
@@ -128,7 +129,7 @@ class MaskedCore(Core):
             needed_flops=each * pattern.entries,
             entries=pattern.entries,
             implementation=implementation,
-            why="asked for" if asked else explain_choice(implementation, pattern, device),
+            why="asked for" if asked else explain_choice(implementation, self.key(tokens), str(device)),
         )
 
     def scalars(self) -> dict[str, Tensor]:
@@ -145,5 +146,5 @@ class MaskedCore(Core):
 
 
 @torch.compiler.assume_constant_result
-def _on(pattern: Pattern, tokens: Tokens) -> Pattern:
-    return pattern.on(tokens)
+def _key_on(pattern: Pattern, height: int, width: int, prefix: int) -> str:
+    return key_of(pattern.on(Tokens((height, width), prefix)))

@@ -14,14 +14,24 @@ from vit_attn.attention.spec import parse_spec
 
 torch.library.define(
     "vit_attn::attend",
-    "(Tensor q, Tensor k, Tensor v, str spec, str asked, int[] where, Tensor[] tensors, float dropout) -> Tensor",
+    "(Tensor q, Tensor k, Tensor v, str spec, str asked, int[] where, Tensor[] tensors, float dropout, "
+    "Tensor? attn_mask, bool is_causal) -> Tensor",
 )
 attend = torch.ops.vit_attn.attend
 
 
 @torch.library.impl("vit_attn::attend", "CompositeImplicitAutograd")
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, spec: str, asked: str, where: list[int], tensors: list[Tensor], dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: str,
+    asked: str,
+    where: list[int],
+    tensors: list[Tensor],
+    dropout: float,
+    attn_mask: Tensor | None,
+    is_causal: bool,
 ) -> Tensor:
     """Attention by the mechanism ``spec``.
 
@@ -32,7 +42,9 @@ def _attend(
         where: height and width of the patch grid, prefix tokens.
         tensors: ``Core.tensors()``.
         dropout: probability that a weight is dropped.
+        attn_mask, is_causal: of timm's interface; refused.
     """
+    refuse_mask(attn_mask, is_causal)
     core = _core(spec, asked, q.shape[1], q.shape[-1])
     height, width, prefix = where
     tokens = Tokens((height, width), prefix)
@@ -41,6 +53,16 @@ def _attend(
     drop = nn.Dropout(dropout) if dropout > 0 else None
     own = dict(zip(core.state_dict(), tensors, strict=True))
     return torch.func.functional_call(core, own, (q, k, v, tokens, drop))
+
+
+def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    """Refuse a mask at call time: the pattern is part of the module.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if attn_mask is not None or is_causal:
+        raise ValueError("attn_mask and is_causal are not taken at call time: choose model.attention instead")
 
 
 @lru_cache(maxsize=64)

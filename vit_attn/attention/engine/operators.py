@@ -11,10 +11,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vit_attn.attention.engine.plan import Plan, make_plan, whole_plan
 from vit_attn.attention.engine.run import Context, Gradients, run_backward, run_forward
+from vit_attn.attention.graphs import records_operators
 from vit_attn.attention.mechanism import working_dtype
 from vit_attn.attention.normalizers.base import NORMALIZERS, RowKernel
-from vit_attn.attention.normalizers.entmax import records_operators
-from vit_attn.attention.patterns.base import Pattern, pattern_of
+from vit_attn.attention.patterns.base import pattern_of
 
 _USE_DENSE = "implementation 'blocks' has no {}: use implementation 'dense'"
 
@@ -232,7 +232,7 @@ def blocks(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: Pattern | None,
+    pattern: str,
     normalizer: str,
     number: float | Tensor,
     scale: float,
@@ -243,7 +243,7 @@ def blocks(
 
     Args:
         q, k, v: (B, H, N, D).
-        pattern: over N tokens; None: every key.
+        pattern: the key of a pattern over N tokens; empty: every key is allowed.
         normalizer: a name whose normalizer has a kernel.
         number: of the normalizer, or (H,).
         scale: factor on the scores.
@@ -256,12 +256,11 @@ def blocks(
     Raises:
         RuntimeError: a forward-mode or second derivative, which the engine does not have.
     """
-    name = "" if pattern is None else pattern.key
     # Drawn from torch's generator and kept, so that the backward pass drops the same weights.
     seed = torch.randint(2**62, ()) if dropout > 0 else None
     numbers = number if isinstance(number, Tensor) else None
     each = 0.0 if isinstance(number, Tensor) else float(number)
     with torch.autocast(q.device.type, enabled=False):  # the products inside would follow it
         run = _forward if records_operators() else _Blocks.apply
-        out, weights, _ = run(q, k, v, name, normalizer, each, numbers, scale, dropout, seed, return_weights)
+        out, weights, _ = run(q, k, v, pattern, normalizer, each, numbers, scale, dropout, seed, return_weights)
     return out, weights if return_weights else None

@@ -13,9 +13,9 @@ from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from vit_attn.attention.engine import parts
+from vit_attn.attention.graphs import outside_of_graphs
 from vit_attn.attention.patterns.base import FORBIDDEN, Pattern
 from vit_attn.attention.patterns.components import Band, Blocks, Classes, Columns, Component, Tiles
 
@@ -204,8 +204,7 @@ def _row_ranges(end: int, keys: int) -> list[tuple[int, int]]:
 @lru_cache(maxsize=64)
 def make_plan(pattern: Pattern, device: torch.device) -> Plan:
     """Derive the plan of a pattern over tokens; its masks live on ``device``."""
-    # While a graph is traced, tensors are stand-ins without values: a plan is made of real ones.
-    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+    with outside_of_graphs():
         components = pattern.components()
         patches = None if components is None else PatchRows(pattern, components, device)
         if patches is not None and (unused := patches.unused()):

@@ -14,12 +14,13 @@ where that is too far, Newton continues from there, in longer attempts.
 import math
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, List  # noqa: UP035  # torch.jit reads List
+from typing import TYPE_CHECKING, Any, List  # noqa: UP035  # torch.jit reads List
 
 import torch
 from torch import Tensor, nn
 
 from vit_attn.attention.compiled import compiled
+from vit_attn.attention.graphs import records_operators
 from vit_attn.attention.mechanism import working_dtype
 from vit_attn.attention.normalizers.base import Normalizer, NormalizerCore, Parameter, RowKernel
 from vit_attn.attention.normalizers.softmax import Softmax
@@ -254,11 +255,6 @@ class _Entmax(torch.autograd.Function):
         return tangent if d_alphas is None else tangent + _rate(p, alphas - 1) * d_alphas
 
 
-def records_operators() -> bool:
-    """Whether a graph is being recorded that is to hold operators, not calls of Python."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
 def forward_mode() -> bool:
     """Whether a forward-mode derivative is being taken, by torch.func.jvp or torch.autograd.forward_ad."""
     return torch.autograd.forward_ad._current_level >= 0
@@ -349,8 +345,9 @@ def _option(name: str, value: Any) -> float:
 class AlphaCore(NormalizerCore):
     """α of one layer where it moves: learned per head, or annealed."""
 
-    normalizer: "Entmax"
-    annealed_alpha: Tensor | None
+    if TYPE_CHECKING:  # torch.jit would read them
+        normalizer: "Entmax"
+        annealed_alpha: Tensor | None
 
     def __init__(self, normalizer: "Entmax", num_heads: int) -> None:
         super().__init__(normalizer)
