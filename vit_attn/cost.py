@@ -57,7 +57,9 @@ def model_cost(net: nn.Module, image_size: int, in_chans: int = 3) -> dict[str, 
 def _why(cost: AttentionCost, full: int, layer: Attention) -> str:
     if cost.flops <= full:
         return cost.why
-    return f"{cost.why}; {cost.flops / full:.1f}x the operations of full attention over {layer.tokens().size} tokens"
+    return (
+        f"{cost.why}; {cost.flops / full:.1f} times the operations of full attention over {layer.tokens().size} tokens"
+    )
 
 
 def describe_attention(cost: dict[str, Any]) -> list[str]:

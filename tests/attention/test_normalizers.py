@@ -1,11 +1,13 @@
 """Normalizers against the `entmax` package: weights, gradients, odd rows and low precision."""
 
 import entmax as package
+import numpy as np
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import gradcheck, gradgradcheck
 
-from vit_attn.attention import entmax, entmax15, softmax, sparsemax
+from vit_attn.attention import attention, entmax, entmax15, softmax, sparsemax
 
 ALPHAS = (1.05, 1.3, 1.5, 1.9, 2.0)
 INF = float("inf")
@@ -234,3 +236,127 @@ def test_alpha_outside_its_range_is_refused_by_value(alpha):
     with pytest.raises(ValueError, match=r"alpha must lie in \(1, 2\]") as error:
         entmax(draw(2, 3), alpha)
     assert repr(alpha) in str(error.value)
+
+
+# What users of other libraries expect of such functions
+
+
+SMOOTH = {
+    "softmax": softmax,
+    "sparsemax": sparsemax,
+    "entmax15": entmax15,
+    "entmax 1.3": lambda scores: entmax(scores, 1.3),
+    "entmax tensor": lambda scores: entmax(scores, torch.tensor(1.3, dtype=torch.float64)),
+}
+every_smooth = pytest.mark.parametrize("normalizer", SMOOTH.values(), ids=SMOOTH)
+
+
+def jacobian(function, x: torch.Tensor, step: float = 1e-6) -> torch.Tensor:
+    """By central differences: (out, in)."""
+    nudges = step * torch.eye(len(x), dtype=x.dtype)
+    return torch.stack([(function(x + nudge) - function(x - nudge)) / (2 * step) for nudge in nudges], 1)
+
+
+@every_smooth
+def test_forward_and_reverse_mode_are_the_jacobian(normalizer):
+    x = draw(7)
+    wanted = jacobian(normalizer, x)
+    for derivative in (torch.func.jacfwd, torch.func.jacrev):
+        torch.testing.assert_close(derivative(normalizer)(x), wanted, atol=1e-8, rtol=0)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, draw(7, seed=1))
+        tangent = torch.autograd.forward_ad.unpack_dual(normalizer(dual)).tangent
+    torch.testing.assert_close(tangent, wanted @ draw(7, seed=1), atol=1e-8, rtol=0)
+
+
+def test_forward_mode_goes_to_alpha():
+    x, alpha = draw(3, 7), torch.tensor([1.2, 1.5, 1.9], dtype=torch.float64)[:, None]
+    _, slope = torch.func.jvp(lambda a: entmax(x, a), (alpha,), (torch.ones_like(alpha),))
+    wanted = (entmax(x, alpha + 1e-6) - entmax(x, alpha - 1e-6)) / 2e-6
+    torch.testing.assert_close(slope, wanted, atol=1e-7, rtol=0)
+    _, both = torch.func.jvp(entmax, (x, alpha), (draw(3, 7, seed=1), torch.ones_like(alpha)))
+    _, alone = torch.func.jvp(lambda x: entmax(x, alpha), (x,), (draw(3, 7, seed=1),))
+    torch.testing.assert_close(both, alone + slope, atol=1e-12, rtol=0)
+
+
+@every_smooth
+def test_second_derivatives_by_every_way(normalizer):
+    x = draw(6).requires_grad_()
+    assert gradgradcheck(normalizer, x)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return (normalizer(x) ** 2 * torch.arange(6)).sum()
+
+    wanted = jacobian(torch.func.grad(loss), x.detach())
+    for hessian in (torch.func.hessian(loss), torch.func.jacrev(torch.func.jacrev(loss))):
+        torch.testing.assert_close(hessian(x.detach()), wanted, atol=1e-7, rtol=0)
+
+
+def test_second_derivatives_to_alpha():
+    leaves = draw(3, 6).requires_grad_(), torch.tensor([[1.2], [1.5], [1.9]], dtype=torch.float64).requires_grad_()
+    assert gradgradcheck(entmax, leaves)
+
+
+@every_smooth
+def test_vmap_is_a_loop(normalizer):
+    x = draw(4, 3, 6)
+    torch.testing.assert_close(torch.func.vmap(normalizer)(x), normalizer(x), atol=0, rtol=0)
+    torch.testing.assert_close(torch.func.vmap(normalizer, in_dims=1)(x), normalizer(x.movedim(1, 0)), atol=0, rtol=0)
+    grads = torch.func.vmap(torch.func.grad(lambda row: (normalizer(row) ** 2).sum()))(x[0])
+    leaf = x[0].clone().requires_grad_()
+    torch.testing.assert_close(grads, torch.autograd.grad((normalizer(leaf) ** 2).sum(), leaf)[0], atol=1e-12, rtol=0)
+
+
+def test_vmap_goes_over_alphas():
+    x, alphas = draw(5), torch.tensor([1.2, 1.5, 2.0], dtype=torch.float64)
+    found = torch.func.vmap(lambda alpha: entmax(x, alpha))(alphas)
+    wanted = torch.stack([entmax(x, float(alpha)) for alpha in alphas])
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
+
+
+@every_normalizer
+def test_no_rows_give_no_rows(normalizer, expected):
+    for shape in ((0, 5), (2, 0, 5)):
+        leaf = torch.zeros(shape, requires_grad=True)
+        weights = normalizer(leaf)
+        assert weights.shape == shape
+        weights.sum().backward()
+        assert leaf.grad.shape == shape
+
+
+@every_normalizer
+def test_integer_scores_are_computed_in_fp32(normalizer, expected):
+    scores = torch.tensor([[3, 1, 2], [0, 0, 5]])
+    weights = normalizer(scores)
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights.double(), expected(scores.double(), dim=-1), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("scores", [torch.tensor(1.0), torch.zeros(3, 0)])
+@pytest.mark.parametrize("normalizer", [sparsemax, entmax15, entmax])
+def test_nothing_to_normalize_is_refused_in_one_line(normalizer, scores):
+    with pytest.raises(ValueError, match="scores need at least one entry in dim=-1, not the shape"):
+        normalizer(scores)
+
+
+def test_numbers_of_numpy_are_alphas():
+    scores = draw(2, 5)
+    for alpha in (np.float32(1.5), np.float64(1.5)):
+        assert torch.equal(entmax(scores, alpha), entmax15(scores))
+    assert torch.equal(entmax(scores, np.int64(2)), sparsemax(scores))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5, 2.5, float("nan")])
+@pytest.mark.parametrize("shape", [(), (1,), (2, 1)])
+def test_values_of_a_tensor_alpha_are_looked_at(alpha, shape):
+    given = torch.full(shape, 1.5)
+    given.view(-1)[-1] = alpha
+    with pytest.raises(ValueError, match=r"alpha must lie in \(1, 2\], not (1.0|0.5|2.5|nan);"):
+        entmax(draw(2, 5), given)
+    with pytest.raises(ValueError, match=r"alpha must lie in \(1, 2\]"):
+        attention(*(draw(1, 1, 4, 2) for _ in range(3)), normalizer="entmax", alpha=given.view(-1)[-1:])
+
+
+def test_values_that_are_not_at_hand_are_not_looked_at():
+    with FakeTensorMode():
+        assert entmax(torch.zeros(2, 5), torch.ones(2, 1)).shape == (2, 5)

@@ -81,3 +81,15 @@ def test_label_smoothing_acts_in_training_only():
 def test_label_smoothing_outside_its_range_is_refused(share):
     with pytest.raises(UserError, match=rf"loss.label_smoothing .* not {share}"):
         CrossEntropy(label_smoothing=share)
+
+
+@losses
+def test_fp64_stays_fp64(loss, reference, probabilities):
+    logits, classes, shares = example()
+    wide = logits.detach().double().requires_grad_()
+    shares = shares.double() / shares.double().sum(-1, keepdim=True)
+    for targets in (classes, shares):
+        assert loss(wide, targets).dtype == torch.float64
+        assert torch.autograd.gradcheck(lambda logits: loss(logits, targets), wide)  # noqa: B023
+    assert loss.probabilities(wide).dtype == torch.float64
+    assert loss(logits.detach().bfloat16(), classes).dtype == torch.float32

@@ -136,6 +136,8 @@ def _cost_note(rows: Sequence[Row], timed: bool) -> str:
         "FLOPs as computed are those of the implementation that ran (named below the number), forbidden entries "
         "included where it computes them; without them: if only allowed entries were computed."
     )
+    if any(None in (_results(run, "cost").get("entries") or []) for run in _runs(rows)):
+        note += " A mechanism without entries forms no weights: its pictures show what it does to values of 0 and 1."
     if not timed:
         return f"{note} Speed and memory were not measured in these runs."
     speeds = [speed for run in _runs(rows) if (speed := _results(run, "speed"))]

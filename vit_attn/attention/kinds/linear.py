@@ -9,7 +9,8 @@ from vit_attn.attention.kernelized import kernel_attention, kernel_cost, log_ker
 from vit_attn.attention.mechanism import AttentionCost, Core, Mechanism, Tokens, in_working_dtype
 from vit_attn.attention.options import option, register
 
-_EPSILON = 1e-6  # as published: in the denominator, and in relu's features, of which a row could have none
+_EPSILON = 1e-6  # in the denominator, as published
+_RELU_EPSILON = 1e-6  # added to relu's features, of which a token could have none; rows then sum to 1 without the other
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ class LinearCore(Core):
         if self.feature_map == "exp":
             return log_kernel_attention(q, k, v)
         if self.feature_map == "relu":
-            return kernel_attention(q.relu() + _EPSILON, k.relu() + _EPSILON, v, _EPSILON)
+            return kernel_attention(q.relu() + _RELU_EPSILON, k.relu() + _RELU_EPSILON, v)
         return kernel_attention(elu_plus_one(q), elu_plus_one(k), v, _EPSILON)
 
     def cost(self, tokens: Tokens, device: torch.device) -> AttentionCost:

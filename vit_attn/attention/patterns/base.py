@@ -264,9 +264,10 @@ def _grid(pattern: Pattern, num_tokens: int, grid_size: tuple[int, int] | None) 
     width = isqrt(num_tokens)
     if width * width == num_tokens:
         return width, width
-    row = (1, num_tokens)
-    missing = [key for key in pattern.defaults(Tokens(row)) if getattr(pattern, key) is None]
-    if pattern.needs_grid or missing:
-        give = "grid_size=" if pattern.needs_grid else f"{missing[0]}= or grid_size="
-        raise ValueError(f"{pattern.name}: {num_tokens} tokens are no square grid: give {give}")
-    return row
+    row, give = (1, num_tokens), "grid_size="
+    if not pattern.needs_grid:
+        missing = [key for key in pattern.defaults(Tokens(row)) if getattr(pattern, key) is None]
+        if not missing:
+            return row
+        give = f"{missing[0]}= or grid_size="
+    raise ValueError(f"{pattern.name}: {num_tokens} tokens are no square grid: give {give}")
