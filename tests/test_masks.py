@@ -83,13 +83,6 @@ def test_npy_holds_the_mask(tmp_path, kind):
         np.testing.assert_array_equal(saved, expected.numpy())
 
 
-def test_patterns_that_the_grid_does_not_allow_are_left_out_of_all(tmp_path, capsys):
-    assert main(["--grid", "3x7", "--out", str(tmp_path)]) == 0
-    out = capsys.readouterr().out
-    assert "left out block_local: no block of 2 to 8 tokens divides a patch grid of 3x7: give block=" in out
-    assert {path.stem for path in tmp_path.iterdir()} == {*PATTERNS, "all"} - {"block_local"}
-
-
 def test_a_pattern_asked_for_twice_is_drawn_once(tmp_path, capsys):
     assert main(["--size", "9", "--patterns", "fixed", "fixed", "--causal", "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("wrote") == 2
@@ -101,14 +94,8 @@ def test_a_pattern_asked_for_twice_is_drawn_once(tmp_path, capsys):
     [
         (["--patterns", "stridded"], "Did you mean 'strided'?"),
         (["--size", "60"], "--size 60 is no square grid to take a width from: give --window and --stride"),
-        (["--size", "60", "--patterns", "axial"], "no square grid to take a width from: give --grid"),
         (["--grid", "8"], "--grid: must be rows x columns, as in 8x8"),
         (["--grid", "4x4", "--size", "15"], "--size 15 and --grid 4x4 differ"),
-        (["--patterns", "neighborhood", "--kernel", "9"], "kernel=9 with dilation=1 spans 9 tokens"),
-        (
-            ["--patterns", "block_local", "--block", "3"],
-            "block=3 does not divide a patch grid of 8x8: one of 1, 2, 4, 8",
-        ),
         (["--size", "0"], "--size: must be a whole number from 1 to 4096, not '0'"),
         (["--window", "1e3"], "not '1e3'"),
         (["--stride", "9" * 30], "from 1 to 4096"),

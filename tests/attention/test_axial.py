@@ -6,6 +6,7 @@ import torch
 
 from vit_attn.attention import attention, make_pattern
 from vit_attn.explain.figures import mask_figure
+from vit_attn.masks import main
 
 # Share of zeros in %, by side of the grid, without prefix tokens.
 ZEROS = {8: "76.6", 14: "86.2", 16: "87.9", 32: "93.8", 64: "96.9"}
@@ -50,3 +51,9 @@ def test_large_grids_are_exact():
         out = attention(*leaves, "entmax15", pattern, implementation=implementation)
         results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
     torch.testing.assert_close(results[1], results[0], atol=2e-5, rtol=1e-4)
+
+
+def test_masks_asks_for_a_grid(tmp_path, capsys):
+    assert main(["--size", "60", "--patterns", "axial", "--out", str(tmp_path)]) == 2
+    assert "--size 60 is no square grid to take a width from: give --grid, or a square" in capsys.readouterr().err
+    assert main(["--grid", "6x10", "--patterns", "axial", "--out", str(tmp_path)]) == 0

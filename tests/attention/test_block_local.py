@@ -5,7 +5,8 @@ import pytest
 import torch
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition
 
-from vit_attn.attention import attention, make_pattern
+from vit_attn.attention import PATTERNS, attention, make_pattern
+from vit_attn.masks import main
 
 
 def windows_of_swin(grid: tuple[int, int], block: int, shift: int) -> np.ndarray:
@@ -72,3 +73,12 @@ def test_large_grids_are_exact(shift):
         out = attention(*leaves, "softmax", pattern, implementation=implementation)
         results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
     torch.testing.assert_close(results[1], results[0], atol=2e-5, rtol=1e-4)
+
+
+def test_masks_leaves_it_out_of_all_where_no_block_divides_the_grid(tmp_path, capsys):
+    assert main(["--grid", "3x7", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "left out block_local: no block of 2 to 8 tokens divides a patch grid of 3x7: give block=" in out
+    assert {path.stem for path in tmp_path.iterdir()} == {*PATTERNS, "all"} - {"block_local"}
+    assert main(["--patterns", "block_local", "--block", "3", "--out", str(tmp_path)]) == 2
+    assert "error: block=3 does not divide a patch grid of 8x8" in capsys.readouterr().err
