@@ -1,7 +1,6 @@
 """create_vit(): a timm Vision Transformer whose attention is swapped, weights and all."""
 
 import logging
-import re
 import socket
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import Tensor, nn
 
 from vit_attn.attention import Attention, Mechanism, attention_layers, parse_attention
+from vit_attn.attention.layer import current_key
 from vit_attn.errors import UserError, one_line, unknown_name, user_errors
 from vit_attn.files import user_path
 
@@ -27,8 +27,8 @@ POOLS = ("token", "avg", "avgmax", "max", "map", "prr")
 POS_EMBEDS = ("learn", "sinusoidal", "none")
 # Written by Lightning in front of the network's own keys (vit_attn.training.module.Classifier.net).
 _CHECKPOINT_PREFIX = "net."
-# What a mechanism holds in a layer, such as α; in older checkpoints the last two as the layer's own.
-_OF_MECHANISM = re.compile(r"\.attn\.(core\.|alpha_logit$|annealed_alpha$)")
+# In front of what a mechanism holds in a layer, such as α.
+_CORE = ".attn.core."
 
 
 def create_vit(
@@ -165,7 +165,8 @@ def _read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         state = {key.removeprefix(_CHECKPOINT_PREFIX): value for key, value in ours.items()}
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"model.weights={path}: holds no state dict of tensors")
-    held = {key: state.pop(key) for key in [key for key in state if _OF_MECHANISM.search(key)]}
+    state = {current_key(key): value for key, value in state.items()}
+    held = {key: state.pop(key) for key in [key for key in state if _CORE in key]}
     overlay: dict[str, Any] = {"state_dict": state, "custom_load": False}
     # timm drops the head where the classes differ from what its configuration says of the source.
     head = state.get("head.weight")
@@ -190,19 +191,15 @@ def _check_complete(model: Any, state: dict[str, Tensor], weights: str | Path) -
         )
 
 
+@torch.no_grad()
 def _load_mechanisms(model: nn.Module, held: dict[str, Tensor]) -> None:
     """Load what the mechanisms of a checkpoint hold into the layers that have a place for it."""
-    for layer, block in enumerate(model.blocks):  # type: ignore[arg-type]  # of timm
-        prefix = f"blocks.{layer}.attn."
-        core = block.attn.core
-        own = core.state_dict()
-        names = {key.removeprefix(prefix).removeprefix("core."): key for key in held if key.startswith(prefix)}
-        found = {}
+    for layer in attention_layers(model):
+        prefix, own = f"blocks.{layer.layer}{_CORE}", layer.core.state_dict()
         for name, value in own.items():
-            key = names.get(name) or names.get(name.rpartition(".")[2])
-            if key is not None and held[key].shape == value.shape and core.inherits(name):
-                found[name] = held[key]
-        core.load_state_dict({**own, **found})
+            found = held.get(prefix + name)
+            if found is not None and found.shape == value.shape and layer.core.inherits(name):
+                value.copy_(found)
 
 
 def _refuse_unless_vit(name: str) -> None:

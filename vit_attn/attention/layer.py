@@ -1,5 +1,6 @@
 """The nn.Module that replaces timm's ``Attention``, and a way to look at its weights."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Optional, Protocol  # torch.jit reads Optional
@@ -19,7 +20,15 @@ _KEPT = (
     *("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"),
 )
 
+# In older checkpoints α was the layer's own.
+_OLD_KEY = re.compile(r"(?<!normalizer\.)\b(alpha_logit|annealed_alpha)$")
+
 Observer = Callable[[int, Tensor], None]
+
+
+def current_key(key: str) -> str:
+    """A key of a model's state dict as it is now, given one of any version."""
+    return _OLD_KEY.sub(r"core.normalizer.\1", key)
 
 
 class HasGrid(Protocol):
@@ -194,11 +203,8 @@ class Attention(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Read checkpoints in which the core's parameters were the layer's own, too."""
-        for name in dict(self.core.state_dict()):
-            old, new = prefix + name.rpartition(".")[2], f"{prefix}core.{name}"
-            if old in state_dict and new not in state_dict:
-                state_dict[new] = state_dict.pop(old)
+        for key in [key for key in state_dict if key.startswith(prefix) and key != current_key(key)]:
+            state_dict[current_key(key)] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from vit_attn.attention import Attention
+from vit_attn.attention.layer import current_key
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -129,7 +130,7 @@ def gathered(value: Any) -> Any:
 def parts_of(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     """Of each tensor in ``state``, the part of this process, for ``module.load_state_dict``."""
     own = module.state_dict()
-    return {name: _part(value, own.get(name)) for name, value in state.items()}
+    return {current_key(name): _part(value, own.get(current_key(name))) for name, value in state.items()}
 
 
 def _part(value: Any, like: Any) -> Any:
