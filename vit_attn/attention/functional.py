@@ -8,6 +8,7 @@ a function with the signature of :func:`_dense` and a line in :data:`IMPLEMENTAT
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, overload
 
 import torch
@@ -15,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vit_attn.attention.engine import blocks, make_plan
-from vit_attn.attention.graphs import outside_of_graphs
+from vit_attn.attention.graphs import forward_mode, outside_of_graphs
 from vit_attn.attention.mechanism import apply_weights, working_dtype
 from vit_attn.attention.names import unknown_name
 from vit_attn.attention.normalizers import NORMALIZERS, Normalizer
-from vit_attn.attention.normalizers.entmax import check_alpha, forward_mode
+from vit_attn.attention.normalizers.entmax import check_alpha
 from vit_attn.attention.patterns import Pattern, make_pattern
 from vit_attn.attention.patterns.base import pattern_of
 
@@ -190,6 +191,11 @@ def explain_choice(chosen: str, pattern: str, device: str) -> str:
     return f"blocks would compute {100 * share:.0f} % of the scores: too many to gain"
 
 
+@cache
+def _default(normalizer: str) -> Normalizer:
+    return NORMALIZERS[normalizer]()
+
+
 @overload
 def attention(
     q: Tensor,
@@ -259,9 +265,9 @@ def attention(
         pattern = make_pattern(pattern, num_tokens=q.shape[-2])
     if pattern is not None and not q.shape[-2] == k.shape[-2] == pattern.size:
         raise ValueError(f"a pattern over {pattern.size} tokens met {q.shape[-2]} queries, {k.shape[-2]} keys")
-    kind = NORMALIZERS[normalizer]
-    number: float | Tensor = kind().number()
-    if "alpha" in kind.options():
+    rows = _default(normalizer)
+    number: float | Tensor = rows.number()
+    if "alpha" in rows.options():
         check_alpha(alpha)
         if isinstance(alpha, Tensor):
             if alpha.numel() not in (1, q.shape[1]):
@@ -275,7 +281,7 @@ def attention(
     chosen = choose_implementation(
         implementation, normalizer, key, device=str(q.device), num_keys=k.shape[-2], return_weights=return_weights
     )
-    rule = Rule(kind(), number, key, scale)
+    rule = Rule(rows, number, key, scale)
     out, weights = IMPLEMENTATIONS[chosen](q, k, v, rule, attn_drop, return_weights)
     if not return_weights:
         return out

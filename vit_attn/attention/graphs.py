@@ -1,4 +1,4 @@
-"""Where a graph is being recorded: what must not stand in it, and what must."""
+"""What goes on around a computation: graphs that are being recorded, and transforms of torch.func."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +24,13 @@ def outside_of_graphs() -> Iterator[None]:
             torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
 
 
-def records_operators() -> bool:
-    """Whether a graph is being recorded that is to hold operators, not calls of Python."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+def forward_mode() -> bool:
+    """Whether a forward-mode derivative is being taken, by torch.func.jvp or torch.autograd.forward_ad."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def transformed() -> bool:
+    """Whether torch.func's transforms or forward-mode derivatives are at work, which custom operators do not take:
+    the former they refuse, tangents they drop without a word. An ``autograd.Function`` around one takes both.
+    """
+    return not torch.compiler.is_compiling() and (torch._C._are_functorch_transforms_active() or forward_mode())

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vit_attn.attention.engine.plan import Plan, make_plan, whole_plan
 from vit_attn.attention.engine.run import Context, Gradients, run_backward, run_forward
-from vit_attn.attention.graphs import records_operators
+from vit_attn.attention.graphs import transformed
 from vit_attn.attention.mechanism import working_dtype
 from vit_attn.attention.normalizers.base import NORMALIZERS, RowKernel
 from vit_attn.attention.patterns.base import pattern_of
@@ -123,7 +123,7 @@ def _autograd(ctx: Any, d_out: Tensor | None, d_weights: Tensor | None, _: Tenso
     pattern, normalizer, number, scale, dropout = ctx.options
     if d_out is None:
         d_out = v.new_zeros(*q.shape[:-1], v.shape[-1])
-    run = _backward if records_operators() else _BlocksBackward.apply
+    run = _BlocksBackward.apply if transformed() else _backward
     *gradients, d_numbers = run(
         d_out, d_weights, q, k, v, saved, pattern, normalizer, number, numbers, scale, dropout, seed
     )
@@ -147,7 +147,7 @@ _backward.register_autograd(_no_second_derivative)
 
 
 class _Blocks(torch.autograd.Function):
-    """The operator for torch.func's transforms, which refuses forward-mode derivatives instead of dropping them."""
+    """The operator where it is ``transformed``; forward-mode derivatives are refused."""
 
     generate_vmap_rule = True
     setup_context = staticmethod(_save_for_backward)
@@ -261,6 +261,6 @@ def blocks(
     numbers = number if isinstance(number, Tensor) else None
     each = 0.0 if isinstance(number, Tensor) else float(number)
     with torch.autocast(q.device.type, enabled=False):  # the products inside would follow it
-        run = _forward if records_operators() else _Blocks.apply
+        run = _Blocks.apply if transformed() else _forward
         out, weights, _ = run(q, k, v, pattern, normalizer, each, numbers, scale, dropout, seed, return_weights)
     return out, weights if return_weights else None

@@ -62,6 +62,22 @@ def tables_of(component: Component, tokens: int) -> tuple[Tensor, Tensor]:
     return table, table
 
 
+def gathered(x: Tensor, places: Tensor) -> Tensor:
+    """(C, len(places), D): the rows of x (C, T, D) at these places, zeros at T."""
+    return F.pad(x, (0, 0, 0, 1)).index_select(1, places)
+
+
+def by_residue(x: Tensor, step: int) -> Tensor:
+    """(C, T, D) → (C, step, n, D): the tokens of each residue mod ``step``, filled up with zeros."""
+    size = -(-x.shape[1] // step)
+    return F.pad(x, (0, 0, 0, step * size - x.shape[1])).unflatten(1, (size, step)).transpose(1, 2)
+
+
+def from_residues(x: Tensor, tokens: int) -> Tensor:
+    """(C, step, n, D) → (C, T, D)."""
+    return x.transpose(1, 2).flatten(1, 2)[:, :tokens]
+
+
 class Operand:
     """One of q, k, v or the output's gradient of C heads, as the components need it.
 
@@ -73,14 +89,10 @@ class Operand:
     def __init__(self, rows: "PatchRows", tokens: Tensor, every: Tensor | None = None) -> None:
         self.layout, self.tokens, self.every = rows, tokens, every
         self.heads = tokens.shape[0]
-        ordered = self.tokens if rows.order is None else self.gathered(rows.order)
+        ordered = rows.in_order(self.tokens)
         ordered = F.pad(ordered, (0, 0, 0, rows.length - ordered.shape[1])).flatten(0, 1)
         self.buffer = F.pad(ordered, (0, 0, rows.pad, 0)) if rows.pad else ordered  # (pad + C · L, D)
         self._made: dict[int, Tensor] = {}
-
-    def gathered(self, places: Tensor) -> Tensor:
-        """(C, len(places), D): the patch tokens at these places, zeros at T."""
-        return F.pad(self.tokens, (0, 0, 0, 1)).index_select(1, places)
 
     def rows(self) -> Tensor:
         """(C, L, D)."""
@@ -299,9 +311,8 @@ class ClassPart(Part):
         return torch.where((token < tokens) & (position < tokens), token + self.layout.prefix, -1)
 
     def _grouped(self, x: Operand) -> Tensor:
-        """(C · step, n, D): the tokens of each residue class, filled up with zeros."""
-        padded = F.pad(x.tokens, (0, 0, 0, self.positions - self.layout.tokens))
-        return padded.unflatten(1, (self.size, self.step)).transpose(1, 2).flatten(0, 1)
+        """(C · step, n, D): the tokens of each class."""
+        return by_residue(x.tokens, self.step).flatten(0, 1)
 
     def _of_classes(self, rows: Tensor) -> Tensor:
         """(C · step, n, n): the classes' weights in rows (C, L, pitch)."""
@@ -310,7 +321,7 @@ class ClassPart(Part):
 
     def _in_tokens(self, classes: Tensor) -> Tensor:
         """(C · step, n, D) → (C, T, D)."""
-        return classes.unflatten(0, (-1, self.step)).transpose(1, 2).flatten(1, 2)[:, : self.layout.tokens]
+        return from_residues(classes.unflatten(0, (-1, self.step)), self.layout.tokens)
 
     def products(self, q: Operand, k: Operand) -> Tensor:
         scores = torch.bmm(q.once(self, self._grouped), k.once(self, self._grouped).mT).unflatten(
@@ -372,11 +383,11 @@ class TilePart(Part):
         """(C · tiles, t, D)."""
         if self.home:
             return x.rows()[:, : self.positions].unflatten(1, (self.tiles, self.block)).flatten(0, 1)
-        return x.gathered(self.queries_table).unflatten(1, (self.tiles, self.block)).flatten(0, 1)
+        return gathered(x.tokens, self.queries_table).unflatten(1, (self.tiles, self.block)).flatten(0, 1)
 
     def _gathered_keys(self, x: Operand) -> Tensor:
         """(C · tiles, m, D)."""
-        return x.gathered(self.keys_table).unflatten(1, (self.tiles, self.num_keys)).flatten(0, 1)
+        return gathered(x.tokens, self.keys_table).unflatten(1, (self.tiles, self.num_keys)).flatten(0, 1)
 
     def _of_tiles(self, rows: Tensor) -> Tensor:
         """(C · tiles, t, m): the weights of each tile in rows (C, L, pitch)."""

@@ -77,6 +77,7 @@ class PatchRows:
         tokens, prefix: T, patch tokens; tokens before them.
         order: (positions,) int64, the patch token at each position, T at an empty one; None: raster order.
         position: (T,) int64, the position of each patch token; None: raster order.
+        residues: where the order is that of the residues mod this number; else 1.
         parts: the components, in the order in which they stand in a row; the one that asks for the order is last.
         columns: (M,) int64, keys counted over all N that every query is scored against.
         pad, length, pitch: see above.
@@ -88,6 +89,7 @@ class PatchRows:
         home = next((each for each in components if isinstance(each, (Band, Blocks, Tiles))), Band(before=0, after=0))
         self.order = self.position = None
         order = parts.order_of(home, self.tokens)
+        self.residues = min(home.step, self.tokens) if isinstance(home, Band) else 1
         if order is not None:
             self.order = torch.where(order < 0, self.tokens, order).to(device)
             places = torch.arange(len(order))
@@ -134,6 +136,19 @@ class PatchRows:
     def scores(self) -> int:
         """How many scores of one head are computed."""
         return sum(part.scores for part in self.parts)
+
+    def in_order(self, x: Tensor) -> Tensor:
+        """(C, T, D) → (C, positions, D), zeros at empty ones."""
+        if self.residues > 1:  # faster than a gather
+            return parts.by_residue(x, self.residues).flatten(1, 2)
+        return x if self.order is None else parts.gathered(x, self.order)
+
+    def in_raster_order(self, x: Tensor) -> Tensor:
+        """(C, L, D) → (C, T, D)."""
+        if self.residues > 1:
+            size = -(-self.tokens // self.residues)
+            return parts.from_residues(x[:, : self.residues * size].unflatten(1, (self.residues, size)), self.tokens)
+        return x[:, : self.tokens] if self.position is None else x.index_select(1, self.position)
 
     def queries(self) -> Tensor:
         """(L,) int64: the token, counted over all N, at each position; -1 at an empty one."""

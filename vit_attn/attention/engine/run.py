@@ -290,8 +290,7 @@ def _to_tokens(rows: PatchRows, at_home: list[Tensor], elsewhere: list[Tensor]) 
     """Sum what came of the components, (C, L, D) and (C, T, D), to (C, T, D)."""
     total: Any = None
     if at_home:
-        total = sum(at_home[1:], at_home[0])
-        total = total[:, : rows.tokens] if rows.position is None else total.index_select(1, rows.position)
+        total = rows.in_raster_order(sum(at_home[1:], at_home[0]))
     for each in elsewhere:
         total = each if total is None else total + each
     return total

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_attn.attention.compiled import compiled
-from vit_attn.attention.graphs import records_operators
+from vit_attn.attention.graphs import forward_mode, transformed
 from vit_attn.attention.mechanism import working_dtype
 from vit_attn.attention.normalizers.base import Normalizer, NormalizerCore, Parameter, RowKernel
 from vit_attn.attention.normalizers.softmax import Softmax
@@ -236,9 +236,7 @@ _entmax.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 class _Entmax(torch.autograd.Function):
-    """The operator for all that looks at it one call at a time: forward-mode derivatives, which an operator drops
-    without a word, and the transforms of torch.func.
-    """
+    """The operator where it is ``transformed``."""
 
     generate_vmap_rule = True
     setup_context = staticmethod(_save_for_backward)
@@ -253,11 +251,6 @@ class _Entmax(torch.autograd.Function):
         p, alphas = ctx.saved_tensors
         tangent = torch.zeros_like(p) if dx is None else _jacobian_product(p, dx, _excess(ctx.alpha, alphas, p))
         return tangent if d_alphas is None else tangent + _rate(p, alphas - 1) * d_alphas
-
-
-def forward_mode() -> bool:
-    """Whether a forward-mode derivative is being taken, by torch.func.jvp or torch.autograd.forward_ad."""
-    return torch.autograd.forward_ad._current_level >= 0
 
 
 def sparsemax(scores: Tensor, dim: int = -1) -> Tensor:
@@ -303,7 +296,7 @@ def _normalized(scores: Tensor, alpha: float | Tensor, dim: int = -1) -> Tensor:
         alpha = alpha.to(rows.dtype).expand([1] * (scores.dim() - alpha.dim()) + list(alpha.shape)).movedim(dim, -1)
         alphas = alpha.expand(*scores.shape[:-1], 1).reshape(-1, 1)
     number = 1.5 if alphas is not None else float(alpha)
-    weights = (_entmax if records_operators() else _Entmax.apply)(rows, number, alphas)
+    weights = (_Entmax.apply if transformed() else _entmax)(rows, number, alphas)
     return weights.view(scores.shape).to(dtype).movedim(-1, dim)
 
 
@@ -327,7 +320,7 @@ def check_alpha(alpha: float | Tensor, name: str = "") -> None:
 
 def _outside(alpha: Tensor) -> str | None:
     """The first value outside of (1, 2] of a tensor whose values are at hand; None where there is none."""
-    if alpha.device.type != "cpu" or records_operators():
+    if alpha.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     try:
         values = alpha.detach().flatten()
