@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vit_attn.attention import MECHANISMS, PATTERNS
 from vit_attn.training.module import Classifier
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +47,13 @@ ATTENTION = [
     (["model.attention=entmax", "model.attention_options.alpha=1"], "alpha", "1"),
     (["model.attention=entmax", "model.attention_options.alpha=big"], "alpha", "big"),
     (["model.attention=strided", "model.attention_options.window=0"], "window", "0"),
+    (["model.attention=strided:window:0"], "'strided:window:0'", "at least 1"),
+    (["model.attention=strided:window"], "strided:option:value"),
+    (["model.attention=strided:windw:4"], "'windw'", "'window'"),
+    (["model.attention=softmax:window:4"], "softmax has no options"),
+    (["model.attention=[strided,entmax:window:4+full]"], "option of entmax", "'window'", "alpha"),
+    *(([f"model.attention={name}:alhpa:4"], f"'{name}:alhpa:4'", name) for name in (*MECHANISMS, *PATTERNS)),
+    *(([f"model.attention=entmax+{name}"], name, "takes no normalizer") for name in MECHANISMS),
     (["model.attention=strided", "model.attention_options.stride=1.5"], "stride", "1.5"),
     (["model.attention_options.causal=yess"], "causal", "yess"),
     (["model.attention_options.windw=3"], "windw", "window"),

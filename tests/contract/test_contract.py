@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from registered import DIM, HEADS, NAMES, SPECS, TOKENS, build, draw, qkv
+from registered import DIM, HEADS, NAMES, SPECS, TOKENS, build, draw, fits, qkv
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.profiler import ProfilerActivity, profile
@@ -15,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vit_attn.attention import MECHANISMS, PATTERNS, Masked, Tokens, attention, parse_spec
 from vit_attn.attention.functional import IMPLEMENTATIONS
+from vit_attn.errors import UserError
+from vit_attn.models import create_vit
 
 CPU = torch.device("cpu")
 every_spec = pytest.mark.parametrize("spec", SPECS)
@@ -276,7 +278,7 @@ def test_second_derivatives_are_right_or_refused(spec):
         core = core_of(spec, implementation)
         leaves = [leaf[:1, :1, :5].requires_grad_() for leaf in qkv(scale=0.5)]
         tokens = Tokens((2, 2), 1)
-        if not all_fit(spec, tokens):
+        if not fits(spec, tokens):
             tokens, leaves = TOKENS, [leaf[:1].requires_grad_() for leaf in qkv(scale=0.5)]
         if implementation == "blocks" or core.cost(tokens, CPU).implementation == "blocks":
             (grad,) = torch.autograd.grad(core(*leaves, tokens).sum(), leaves[0], create_graph=True)
@@ -284,14 +286,6 @@ def test_second_derivatives_are_right_or_refused(spec):
                 grad.sum().backward()
         else:
             assert gradgradcheck(lambda *x: core(*x, tokens), leaves, fast_mode=True, atol=1e-4)  # noqa: B023
-
-
-def all_fit(spec: str, tokens: Tokens) -> bool:
-    try:
-        parse_spec(spec).check(tokens)
-    except ValueError:
-        return False
-    return True
 
 
 def test_attention_of_the_front_door_is_that_of_the_layers():
@@ -309,3 +303,19 @@ def test_the_tensors_for_torchscript_are_those_of_the_state_dict(spec):
     listed, state = core.tensors(), core.state_dict()
     assert len(listed) == len(state)
     assert all(one.data_ptr() == other.data_ptr() for one, other in zip(listed, state.values(), strict=True))
+
+
+@every_name
+def test_attn_drop_drops_weights_or_is_refused_where_there_are_none(spec):
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2, "attn_drop_rate": 0.5}
+    q, k, v = qkv()
+    drop = nn.Dropout(0.5)
+    if not parse_spec(spec).drops_weights:
+        with pytest.raises(UserError, match=rf"attn_drop_rate=0.5: {spec} forms no weights to drop"):
+            create_vit("vit_tiny_patch16_224", attention=spec, **sizes)
+        return
+    model = create_vit("vit_tiny_patch16_224", attention=spec, **sizes).train()
+    images = draw(2, 3, 16, 16, dtype=torch.float32)
+    assert (model.forward_features(images) != model.forward_features(images)).any()
+    out = build(spec)(q, k, torch.ones_like(v), TOKENS, drop)
+    assert out.std() > 0.1  # without dropout, rows of weights sum to 1
