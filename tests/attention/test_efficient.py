@@ -1,10 +1,13 @@
 """efficient: the two softmaxes written out, and the scale that public code puts in between."""
 
+from pathlib import Path
+
 import torch
 from registered import qkv
 
 from vit_attn.attention import Tokens, parse_spec
 
+ROOT = Path(__file__).parent.parent.parent
 TOKENS = Tokens((4, 4), 1)
 
 
@@ -31,3 +34,13 @@ def test_the_order_of_patches_does_not_matter():
     order = torch.randperm(17, generator=torch.Generator().manual_seed(0))
     shuffled = core(q[:, :, order], k[:, :, order], v[:, :, order], TOKENS)
     torch.testing.assert_close(shuffled, core(q, k, v, TOKENS)[:, :, order], atol=1e-12, rtol=0)
+
+
+def test_contributing_shows_it_as_it_is():
+    shown = (ROOT / "CONTRIBUTING.md").read_text().split("```diff\n+++ b/")
+    paths = []
+    for block in shown[1:]:
+        path, *lines = block.split("```")[0].splitlines()
+        assert "\n".join(line.removeprefix("+") for line in lines) in (ROOT / path).read_text()
+        paths.append(path)
+    assert paths == ["vit_attn/attention/kinds/efficient.py", "tests/attention/test_efficient.py"]
