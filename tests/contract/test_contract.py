@@ -223,7 +223,7 @@ def most_held(core: nn.Module, tokens: Tokens) -> int:
 
 @pytest.mark.parametrize("spec", [*MECHANISMS, *SPARSE])
 def test_no_square_of_scores_is_held(spec):
-    sizes = Tokens((24, 24)), Tokens((48, 48))
+    sizes = Tokens((16, 16)), Tokens((32, 32))
     core = parse_spec(spec, {"implementation": "blocks"}).build(1, 8)
     small, large = (most_held(core, tokens) for tokens in sizes)
     assert large < 10 * small, "four times the tokens: 16 times where every pair is held"

@@ -105,7 +105,28 @@ class Mechanism(Named):
         return {key for term in self.terms() for key in term.options()}
 
 
-class Core(nn.Module):
+class LayerModule(nn.Module):
+    """What a mechanism or a normalizer holds in one layer: its parameters and buffers, and what others ask of them."""
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Numbers per head, (H,) each, that are worth a curve: name → values."""
+        return {}
+
+    def settled(self) -> bool:
+        """Whether it is what the options say, and not on its way there; may wait for the device."""
+        return True
+
+    def inherits(self, name: str) -> bool:
+        """Whether a new model takes this entry of the state dict from the checkpoint that its weights come from."""
+        return True
+
+    def tensors(self) -> List[Tensor]:  # noqa: UP006
+        """Every parameter and buffer, in the order of the state dict; written out, for torch.jit."""
+        found: List[Tensor] = []  # noqa: UP006
+        return found
+
+
+class Core(LayerModule):
     """Attention over the heads of one layer; owns its parameters and buffers.
 
     Subclasses write :meth:`forward`, linear in v, and :meth:`cost`; the rest follows.
@@ -142,10 +163,6 @@ class Core(nn.Module):
         """What it takes for one image."""
         raise NotImplementedError
 
-    def scalars(self) -> dict[str, Tensor]:
-        """Numbers per head, (H,) each, that are worth a curve: name → values."""
-        return {}
-
     def on_step(self, step: int, *, seed: int, layer: int) -> None:
         """Bring what is a function of the optimizer step up to it, before the step's forward pass.
 
@@ -154,19 +171,6 @@ class Core(nn.Module):
             seed: of the run.
             layer: index of the layer.
         """
-
-    def settled(self) -> bool:
-        """Whether it is what the options say, and not on its way there; may wait for the device."""
-        return True
-
-    def inherits(self, name: str) -> bool:
-        """Whether a new model takes this entry of the state dict from the checkpoint that its weights come from."""
-        return True
-
-    def tensors(self) -> List[Tensor]:  # noqa: UP006
-        """Every parameter and buffer, in the order of the state dict; written out, for torch.jit."""
-        found: List[Tensor] = []  # noqa: UP006
-        return found
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -7,10 +7,11 @@ A new normalizer is one file with one registered subclass of :class:`Normalizer`
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, List  # noqa: UP035  # torch.jit reads List
+from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from vit_attn.attention.mechanism import LayerModule
 from vit_attn.attention.options import Named, new_registry
 
 # What a kernel needs beside the scores. A float where it has lines of its own for that number; otherwise data, which
@@ -89,7 +90,7 @@ class Normalizer(Named):
         return NormalizerCore(self)
 
 
-class NormalizerCore(nn.Module):
+class NormalizerCore(LayerModule):
     """A normalizer in one layer, with its parameters and buffers, of which this one has none."""
 
     def __init__(self, normalizer: Normalizer) -> None:
@@ -99,20 +100,3 @@ class NormalizerCore(nn.Module):
     def number(self) -> float | Tensor:
         """What the normalizer works with at the moment: a number, or (H,)."""
         return self.normalizer.number()
-
-    def scalars(self) -> dict[str, Tensor]:
-        """Numbers per head, (H,) each, that are worth a curve: name → values."""
-        return {}
-
-    def settled(self) -> bool:
-        """Whether it is what the options say, and not on its way there; may wait for the device."""
-        return True
-
-    def inherits(self, name: str) -> bool:
-        """Whether a new model takes this entry of the state dict from the checkpoint that its weights come from."""
-        return True
-
-    def tensors(self) -> List[Tensor]:  # noqa: UP006
-        """Every parameter and buffer, in the order of the state dict; written out, for torch.jit."""
-        found: List[Tensor] = []  # noqa: UP006
-        return found
