@@ -10,6 +10,7 @@ import torch
 from registered import DIM, HEADS, NAMES, SPECS, TOKENS, build, draw, fits, qkv
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -195,7 +196,8 @@ def test_the_cost_is_what_is_computed(spec):
     core = parse_spec(spec).build(HEADS, 16)
     cost = core.cost(tokens, CPU)
     q, k, v = (torch.zeros(1, HEADS, tokens.size, 16) for _ in range(3))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # torch 2.11 does not count its fused kernel on the CPU; its plain products are the same.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         core(q, k, v, tokens)
     assert counter.get_total_flops() == pytest.approx(cost.flops, rel=0.1)
     assert 0 < cost.needed_flops <= cost.flops
