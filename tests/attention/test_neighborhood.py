@@ -93,7 +93,8 @@ def test_what_does_not_fit_is_one_line(options, said):
     assert "\n" not in str(error.value)
 
 
-def test_large_grids_are_tiles_of_a_few_keys_and_exact():
+@pytest.mark.parametrize("normalizer", ["softmax", "entmax15"])
+def test_large_grids_are_tiles_of_a_few_keys_and_exact(normalizer):
     # Large enough that kernels are compiled where there is a compiler.
     pattern = make_pattern("neighborhood", num_tokens=20 * 24, grid_size=(20, 24), num_prefix_tokens=1, kernel=5)
     generator = torch.Generator().manual_seed(0)
@@ -101,6 +102,6 @@ def test_large_grids_are_tiles_of_a_few_keys_and_exact():
     for implementation in ("dense", "blocks"):
         generator.manual_seed(0)
         leaves = [torch.randn(2, 3, pattern.size, 16, generator=generator).requires_grad_() for _ in range(3)]
-        out = attention(*leaves, "entmax15", pattern, implementation=implementation)
+        out = attention(*leaves, normalizer, pattern, implementation=implementation)
         results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
     torch.testing.assert_close(results[1], results[0], atol=2e-5, rtol=1e-4)
