@@ -11,12 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd import DeviceType
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from vit_attn import __version__
 from vit_attn.attention import Attention, AttentionCost, attention_layers
+
+# torch 2.11 does not count its fused kernel on the CPU.
+_COUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+}
 
 
 @torch.no_grad()
@@ -33,8 +37,7 @@ def model_cost(net: nn.Module, image_size: int, in_chans: int = 3) -> dict[str, 
     device = next(net.parameters()).device
     training = net.training
     net.eval()
-    # torch 2.11 does not count its fused kernel on the CPU; its plain products are the same.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False, custom_mapping=_COUNTED) as counter:
         net(torch.zeros(1, in_chans, image_size, image_size, device=device))
     net.train(training)
     costs = [layer.cost() for layer in layers]
